@@ -50,7 +50,7 @@ The map in one line:  p_i = [z_i/2 - tau]_+^2,  with the one number tau that mak
    not the scores, not tau. u is continuous in z, so J is too: a score enters the support smoothly; second derivatives
    jump.
 
-The seed paper prints p_i = [(z_i - tau)/2]_+, without the square. That is sparsemax of z/2, another and sparser map
+The paper prints p_i = [(z_i - tau)/2]_+, without the square. That is sparsemax of z/2, another and sparser map
 ([1, 0] -> [0.75, 0.25]). The optimum of the problem above, and what is called entmax-1.5, is [0.8307, 0.1693].
 
 Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models" (the map, the sort, the Jacobian);

@@ -1,0 +1,335 @@
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import probe_linear
+import shapes
+import vit
+from probe_linear import knn
+
+CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
+KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(path, seed=7, epoch=3):
+    """A checkpoint with the keys that a probe reads; teacher and student differ."""
+    networks = {}
+    for which in ("teacher", "student"):
+        torch.manual_seed(seed)
+        networks[which] = vit.VisionTransformer(CONFIG).state_dict()
+        seed += 100
+    torch.save(dict(config=dataclasses.asdict(CONFIG), **networks, epoch=epoch), path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save(tmp_path / "tiny.pt")
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """80 train and 40 val scenes in place of 2,000 and 1,000."""
+    monkeypatch.setattr(probe_linear, "Shapes", lambda split, size, length: shapes.Shapes(split, size, length // 25))
+
+
+def draw(root, classes=(("blue", 4, 2), ("green", 4, 3), ("red", 4, 2)), noise=80):
+    """root/{train,val}/<class>/*.png: noise over a colour, of odd sizes."""
+    rng = np.random.default_rng(0)
+    for c, (name, train, val) in enumerate(classes):
+        for split, n in (("train", train), ("val", val)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, noise, (40 + 3 * i, 50 - i, 3))
+                pixels[..., (2 - c) % 3] += 255 - noise
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def result(capsys, file):
+    """The result file, which is also the last line of stdout."""
+    text = Path(file).read_text()
+    assert text == capsys.readouterr().out.splitlines()[-1] + "\n"
+    return json.loads(text)
+
+
+def exits(capsys, *argv):
+    """(exit status, the line that says why); a str code is what sys.exit prints before status 1."""
+    with pytest.raises(SystemExit) as stop:
+        probe_linear.main(["--knn", *map(str, argv)])
+    code = stop.value.code
+    return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err.splitlines()[-1])
+
+
+# ---- the vote -------------------------------------------------------------------------------------------------------
+
+def unit(*shape, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def classes_of(n, classes, seed=5):
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def knn_by_hand(bank, bank_labels, queries, labels, classes, k):
+    """Percent right: sort all pairs, add exp(s / 0.07) of the k nearest to their class; float64, plain loops."""
+    bank, right = bank.double().tolist(), 0
+    for query, label in zip(queries.double().tolist(), labels.tolist(), strict=True):
+        similar = [(sum(a * b for a, b in zip(query, row, strict=True)), y)
+                   for row, y in zip(bank, bank_labels.tolist(), strict=True)]
+        votes = [0.0] * classes
+        for s, y in sorted(similar, reverse=True)[:k]:
+            votes[y] += math.exp(s / 0.07)
+        right += max(range(classes), key=votes.__getitem__) == label
+    return 100 * right / len(labels)
+
+
+NEIGHBOURS = (1, 3, 10, 60, 500)                                    # 500 > the bank: all of it
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """Class means with as much noise: top-1 between chance and 100, and another at every k."""
+    means = unit(6, 4, seed=9)
+    y, z = classes_of(150, 6), classes_of(120, 6, seed=6)
+    bank, queries = means[y] + unit(150, 4), means[z] + unit(120, 4, seed=1)
+    return bank / bank.norm(dim=1, keepdim=True), y, queries / queries.norm(dim=1, keepdim=True), z, 6
+
+
+def test_knn_equals_the_vote_by_hand(crowd):
+    expected = {k: knn_by_hand(*crowd, k) for k in NEIGHBOURS}
+    assert len(set(expected.values())) >= 4                         # the test can tell one k from another
+    assert knn(*crowd, neighbours=NEIGHBOURS) == pytest.approx(expected)
+
+
+def test_votes_are_weighted():
+    """A neighbour at similarity 1 outvotes two at 0.9: e^(0.1 / 0.07) = 4.2; not five at 0.95: e^(0.05 / 0.07) = 2."""
+    def at(s):
+        return torch.tensor([s, math.sqrt(1 - s * s)])
+
+    query, label = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    two = torch.stack([at(1.0), at(0.9), at(0.9)])
+    five = torch.stack([at(1.0), *[at(0.95)] * 5])
+    assert knn(two, torch.tensor([0, 1, 1]), query, label, 2, (3,)) == {3: 100}
+    assert knn(five, torch.tensor([0, 1, 1, 1, 1, 1]), query, label, 2, (6,)) == {6: 0}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
+def test_chunks_change_nothing(crowd, chunk):
+    assert knn(*crowd, neighbours=NEIGHBOURS, chunk=chunk) == knn(*crowd, neighbours=NEIGHBOURS)
+
+
+def test_separated_classes_are_all_found_and_shuffled_labels_are_chance():
+    y, z = torch.arange(1000) % 10, torch.arange(500) % 10
+    means = torch.eye(10, 16)
+    bank, queries = means[y] + 0.05 * unit(1000, 16), means[z] + 0.05 * unit(500, 16, seed=1)
+    assert set(knn(bank, y, queries, z, 10).values()) == {100.0}
+    shuffled = y[torch.randperm(1000, generator=torch.Generator().manual_seed(2))]
+    for top1 in knn(bank, shuffled, queries, z, 10).values():       # a cluster votes as one: ten draws, 0.1 each
+        assert top1 <= 40
+
+
+def test_independent_features_are_chance():
+    y, z = classes_of(2000, 10), classes_of(2000, 10, seed=6)
+    top1 = knn(unit(2000, 16), y, unit(2000, 16, seed=1), z, 10)
+    assert all(10 - 4 * 0.67 <= value <= 10 + 4 * 0.67 for value in top1.values())      # four standard errors
+
+
+# ---- end to end -----------------------------------------------------------------------------------------------------
+
+def features_by_hand(model, root, split):
+    """Resize the short side to 37 = 32 * 256/224, cut the centre, normalise, [CLS]; one picture at a time."""
+    features, labels = [], []
+    for label, folder in enumerate(sorted((root / split).iterdir())):
+        for path in sorted(folder.iterdir()):
+            image = Image.open(path)
+            w, h = image.size
+            short = min(w, h)
+            image = image.resize((int(37 * w / short), int(37 * h / short)), Image.Resampling.BICUBIC)
+            left, top = round((image.width - 32) / 2), round((image.height - 32) / 2)
+            x = np.asarray(image.crop((left, top, left + 32, top + 32)), np.float32) / 255
+            x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+            cls = model(torch.from_numpy(x).permute(2, 0, 1)[None])[0]
+            features.append(cls / cls.norm())
+            labels.append(label)
+    return torch.stack(features), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
+    root = draw(tmp_path / "pictures")
+    probe_linear.main(["--knn", "--weights", checkpoint, "--which", which, "--data", "folder", "--root", str(root),
+                       "--workers", "0", "--batch-size", "5"])
+    r = result(capsys, tmp_path / "tiny.knn.folder.json")           # beside the weights
+    model = vit.load_backbone(checkpoint, which)
+    bank, queries = features_by_hand(model, root, "train"), features_by_hand(model, root, "val")
+    expected = {k: knn_by_hand(*bank, *queries, 3, k) for k in (10, 20, 100, 200)}
+    assert set(r) == KEYS
+    assert r["metrics"] == pytest.approx(
+        {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}})
+    assert (r["probe"], r["data"], r["weights"], r["which"], r["epochs"]) == ("knn", "folder", checkpoint, which, 3)
+    assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    assert r["config"] == dataclasses.asdict(CONFIG)
+    assert (r["protocol"]["train"], r["protocol"]["val"], r["protocol"]["classes"]) == (12, 7, 3)
+    assert r["protocol"]["temperature"] == 0.07 and r["protocol"]["size"] == 32
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_which_names_the_network(checkpoint, which):
+    args = probe_linear.parse_args(["--knn", "--weights", checkpoint, "--which", which])
+    model, _ = probe_linear.load_model(checkpoint, args, torch.device("cpu"))
+    expected = torch.load(checkpoint, weights_only=True)[which]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_features_equal_the_extraction_by_hand(tmp_path, checkpoint):
+    root = draw(tmp_path / "pictures")
+    model = vit.load_backbone(checkpoint)
+    args = probe_linear.parse_args(["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(root),
+                                    "--workers", "1", "--batch-size", "5"])
+    train, val, classes = probe_linear.open_data(args, 32)
+    for images, split in ((train, "train"), (val, "val")):
+        ours = probe_linear.extract(model, images, args, torch.device("cpu"))
+        by_hand = features_by_hand(model, root, split)
+        torch.testing.assert_close(ours[0], by_hand[0], rtol=0, atol=2e-3)      # Pillow's resize rounds to 8 bits
+        assert torch.equal(ours[1], by_hand[1])
+
+
+def test_shapes_end_to_end(few_scenes, checkpoint, capsys, tmp_path):
+    probe_linear.main(["--knn", "--weights", checkpoint, "--out", "here/result.json", "--workers", "0"])
+    r = result(capsys, tmp_path / "here/result.json")
+    assert set(r) == KEYS and r["data"] == "shapes" and r["protocol"]["classes"] == 10
+    model, sets = vit.load_backbone(checkpoint), []
+    for split, n in (("train", 80), ("val", 40)):
+        scenes = shapes.Shapes(split, 32, n)
+        cls = torch.cat([model(vit.normalize(scenes[i]["image"])[None]) for i in range(n)])
+        sets += [cls / cls.norm(dim=1, keepdim=True), torch.tensor([scenes[i]["label"] for i in range(n)])]
+    assert r["metrics"]["top1"] == pytest.approx(knn_by_hand(*sets, 10, 20))
+
+
+def test_shapes_default_to_two_thousand_and_one_thousand():
+    args = probe_linear.parse_args(["--knn", "--weights", "random"])
+    train, val, classes = probe_linear.open_data(args, 32)
+    assert (len(train), len(val), classes) == (2000, 1000, 10)
+
+
+def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes, checkpoint, capsys, tmp_path):
+    device, models = torch.device("cpu"), {}
+    for seed in "0", "1":
+        args = probe_linear.parse_args(["--knn", "--weights", "random", "--like", checkpoint, "--seed", seed])
+        (models[seed], facts), (again, _) = (probe_linear.load_model("random", args, device) for _ in range(2))
+        assert models[seed].config == CONFIG and not models[seed].training
+        assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0)
+        assert all(torch.equal(a, b) for a, b in zip(models[seed].parameters(), again.parameters(), strict=True))
+    assert not torch.equal(models["0"].pos_embed, models["1"].pos_embed)
+    assert not torch.equal(models["1"].pos_embed, vit.load_backbone(checkpoint).pos_embed)
+
+    probe_linear.main(["--knn", "--weights", "random", "--like", checkpoint, "--seed", "4", "--workers", "0"])
+    r = result(capsys, tmp_path / "runs/random/knn.shapes.s4.json")
+    assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
+
+
+def test_random_without_like_is_vit_s16():
+    args = probe_linear.parse_args(["--knn", "--weights", "random"])
+    model, _ = probe_linear.load_model("random", args, torch.device("cpu"))
+    assert model.config == vit.ViTConfig()
+
+
+def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for seed, epoch in enumerate((0, 5, 10)):
+        save(run / f"checkpoint_{epoch:04d}.pt", seed, epoch)
+    save(run / "checkpoint.pt", 2, 10)
+    probe_linear.main(["--knn", "--weights", str(run), "--workers", "0"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [r["epochs"] for r in lines] == [0, 5, 10]
+    files = [run / f"checkpoint_{epoch:04d}.knn.shapes.json" for epoch in (0, 5, 10)]
+    assert [json.loads(file.read_text()) for file in files] == lines
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--weights random --root pictures", "--data shapes takes no --root"),
+    ("--weights random --data folder", "--data folder needs --root"),
+    ("--weights random --data mnist", "invalid choice: 'mnist'"),
+    ("--weights a.pt --like b.pt", "--like goes with --weights random"),
+    ("--weights a.pt b.pt --out c.json", "--out names one file"),
+    ("--weights random --batch-size 0", "--batch-size 0"),
+    ("--weights random --workers -1", "--workers -1"),
+    ("--weights random --seed -1", "--seed -1"),
+    ("", "required: --weights"),
+])
+def test_usage_errors(capsys, flags, message):
+    status, line = exits(capsys, *flags.split())
+    assert status == 2 and message in line and "error: " in line
+
+
+def remove_val(root):
+    (root / "val").rename(root / "test")
+
+
+def add_class(root):
+    draw(root, [("violet", 1, 0)])
+    (root / "val/violet").rmdir()
+
+
+def empty_class(root):
+    (root / "train/void").mkdir()
+
+
+def cut_short(root):
+    path = root / "val/green/1.png"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("break_it, data, message", [
+    (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
+    (add_class, "folder", "pictures: violet not in both train/ and val/"),
+    (empty_class, "folder", "train: .*void"),
+    (cut_short, "folder", "val/green/1.png: unreadable"),
+    (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"),
+])
+def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, break_it, data, message, workers):
+    root = draw(tmp_path / "pictures")
+    break_it(root)
+    status, line = exits(capsys, "--weights", checkpoint, "--data", data, "--root", root, "--workers", workers)
+    assert status == 1 and "\n" not in line
+    assert re.search(message, line), line
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_allow_partial_takes_a_small_imagenet(tmp_path, capsys, checkpoint):
+    root = draw(tmp_path / "pictures")
+    probe_linear.main(["--knn", "--weights", checkpoint, "--data", "imagenet", "--root", str(root), "--allow-partial",
+                       "--workers", "0"])
+    assert result(capsys, tmp_path / "tiny.knn.imagenet.json")["protocol"]["partial"] is True
+
+
+@pytest.mark.parametrize("weights", ["missing.pt", "text.pt", "folder"])
+def test_bad_weights_are_named_in_one_line(tmp_path, capsys, weights):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "folder").mkdir()
+    status, line = exits(capsys, "--weights", weights)
+    assert status == 1 and line.startswith(f"{weights}: ") and "\n" not in line
+
+
+def test_missing_root_is_named(tmp_path, capsys, checkpoint):
+    status, line = exits(capsys, "--weights", checkpoint, "--data", "folder", "--root", "nowhere")
+    assert status == 1 and "nowhere" in line and "no such folder" in line and "\n" not in line

@@ -1,0 +1,915 @@
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dino
+import train
+import vit
+
+SCRIPT = Path(train.__file__)
+SIZES = ("--dim 32 --depth 2 --heads 2 --patch-size 8 --image-size 32 --local-size 16 "
+         "--out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --batch-size 8").split()
+TINY = [*SIZES, *"--attn entmax15 --length 32 --epochs 3 --warmup-epochs 1 --log-every 1 --save-every 1".split()]
+# 3 epochs of 16 steps, every option on; checkpoint.pt falls in the middle of epochs
+LONG = [*TINY, *"--registers 2 --specialize --drop-path 0.1 --length 128 --save-every 3 --save-steps 5".split()]
+TRAINED = ("student", "teacher", "student_head", "teacher_head", "center", "step", "epoch", "optimizer")
+NUMBERED = TRAINED[:-1]                                             # of which numbered files hold all but this
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)                                        # as in the processes that some tests start
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train.main([*LONG, "--out", str(out)])
+    return out
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def run(out, *flags, base=TINY):
+    train.main([*base, "--out", str(out), *flags])
+    return load(Path(out, "checkpoint.pt"))
+
+
+def records(out):
+    """Log records of steps; the ones of provenance left out."""
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [r for r in lines if "step" in r]
+
+
+def leaves(tree, path=""):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else None
+    if items is None:
+        yield path, tree
+    else:
+        for key, value in items:
+            yield from leaves(value, f"{path}.{key}")
+
+
+def differing(a, b, keys=TRAINED):
+    """Paths of the leaves that are not bit-equal."""
+    a, b = (dict(leaves({key: state[key] for key in keys})) for state in (a, b))
+    assert a.keys() == b.keys()
+    return [path for path, x in a.items() if not (torch.equal(x, b[path]) if torch.is_tensor(x) else x == b[path])]
+
+
+def exits(argv):
+    """(exit status, message) of a run that must fail; a str code is what sys.exit prints before status 1."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(map(str, argv)))
+    code = stop.value.code
+    return (1, code) if isinstance(code, str) else (code, "")
+
+
+def gradients(out, state):
+    """{name: exp_avg}: a linear function of the gradients of all steps, by parameter."""
+    model = train.Run(train.parse_args([*state_args(state), "--out", str(out)]), torch.device("cpu"))
+    names = {id(p): name for name, p in model.student.named_parameters()}
+    order = [names[id(p)] for group in model.optimizer.param_groups for p in group["params"]]
+    return {order[i]: moments["exp_avg"] for i, moments in state["optimizer"]["state"].items()}
+
+
+def state_args(state):
+    """The flags that decide the shapes of a state."""
+    a = state["args"]
+    numbers = [f"--{name.replace('_', '-')}={a[name]}" for name in (
+        "dim", "depth", "heads", "patch_size", "image_size", "local_size", "out_dim", "hidden_dim", "bottleneck_dim",
+        "batch_size", "registers", "attn")]
+    return numbers + ["--specialize"] * a["specialize"]
+
+
+# ---- the recipe -----------------------------------------------------------------------------------------------------
+
+def test_folder_recipe_is_the_published_one():
+    args = train.parse_args(["--data", "IMAGENET"])
+    published = dict(
+        arch="small", patch_size=16, epochs=200, batch_size=1024, lr=5e-4, warmup_epochs=10, min_lr=1e-6,
+        weight_decay=0.04, weight_decay_end=0.4, clip_grad=3.0, freeze_last_layer=1, norm_last_layer=False,
+        out_dim=65536, hidden_dim=2048, bottleneck_dim=256, warmup_teacher_temp=0.04, teacher_temp=0.07,
+        warmup_teacher_temp_epochs=30, student_temp=0.1, center_momentum=0.9, momentum=0.996, drop_path=0.1,
+        global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], local_crops=8, image_size=224, local_size=96, save_every=20,
+        seed=0, attn="softmax", registers=0, specialize=False, accum=1,
+    )
+    assert {name: getattr(args, name) for name in published} == published
+    assert args.config == vit.ViTConfig(drop_path=0.1)              # whose own defaults are ViT-S/16
+
+
+def test_optimizer_and_student_are_the_published_ones():
+    model = train.Run(train.parse_args([*TINY, "--drop-path", "0.1"]), torch.device("cpu"))
+    assert type(model.optimizer) is torch.optim.AdamW
+    assert model.optimizer.defaults["betas"] == (0.9, 0.999) and model.optimizer.defaults["eps"] == 1e-8
+    assert [block.rate for block in model.student.backbone.blocks] == [0.0, 0.1]
+    assert [block.rate for block in model.teacher.backbone.blocks] == [0.0, 0.0]
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+
+
+TABLE = [                       # PROTOCOL 1.1: B = 1024, 200 epochs of 1,251 steps; with half a unit of the last digit
+    (0, 0, 0, 0.04, 0, 0.996, 0),
+    (1, 1.5988e-7, 5e-12, 0.04, 1e-9, 0.996, 1e-9),
+    (1251, 2.00016e-4, 5e-10, 0.0400222, 5e-8, 0.9960002467, 5e-11),
+    (12509, 2.0e-3, 1e-15, 0.0422157, 5e-8, 0.9960246194, 5e-11),
+    (12510, 2.0e-3, 1e-15, 0.0422161, 5e-8, 0.9960246233, 5e-11),
+    (62550, 1.7892459e-3, 5e-11, 0.0927208, 5e-8, 0.9965857864, 5e-11),
+    (125100, 1.0830381e-3, 5e-11, 0.22, 1e-12, 0.998, 1e-12),
+    (250199, 1.0000001e-6, 5e-14, 0.4, 5e-10, 1.0, 5e-10),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row[0]))
+def test_schedules_of_the_published_run(row):
+    step, lr, lr_unit, wd, wd_unit, momentum, momentum_unit = row
+    now = train.schedules(train.parse_args(["--data", "IMAGENET"]), step, per_epoch=1251)
+    assert now["lr"] == pytest.approx(lr, abs=lr_unit, rel=1e-12)
+    assert now["wd"] == pytest.approx(wd, abs=wd_unit, rel=1e-12)
+    assert now["momentum"] == pytest.approx(momentum, abs=momentum_unit, rel=1e-12)
+
+
+def test_schedules_equal_the_arrays_of_the_original():
+    args, total, warm = train.parse_args(["--data", "IMAGENET"]), 250_200, 12_510
+
+    def array(base, final, warm):
+        i = np.arange(total - warm)
+        return np.r_[np.linspace(0, base, warm), final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))]
+
+    lr, wd, momentum = array(2e-3, 1e-6, warm), array(0.04, 0.4, 0), array(0.996, 1, 0)
+    temp = np.r_[np.linspace(0.04, 0.07, 30), np.full(170, 0.07)]
+    assert temp[1] == pytest.approx(0.041034, abs=5e-7)             # the literal of PROTOCOL
+    steps = [*range(0, total, 997), *range(12_500, 12_520), 30 * 1251 - 1, 30 * 1251, total - 1]
+    got = [train.schedules(args, step, 1251) for step in steps]
+    np.testing.assert_allclose([now["lr"] for now in got], lr[steps], rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose([now["wd"] for now in got], wd[steps], rtol=1e-9)
+    np.testing.assert_allclose([now["momentum"] for now in got], momentum[steps], rtol=1e-12)
+    np.testing.assert_allclose([now["temp"] for now in got], temp[np.array(steps) // 1251], rtol=1e-12)
+
+
+def test_shapes_recipe_writes_at_least_six_numbered_checkpoints():
+    args = train.parse_args([])
+    assert args.data == "shapes" and args.epochs // args.save_every + 1 >= 6
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("", "runs/shapes_softmax_s0"),
+    ("--attn entmax15 --registers 4 --specialize --seed 1", "runs/shapes_entmax15_r4_spec_s1"),
+    ("--data /datasets/imagenette112/ --registers 4", "runs/imagenette112_softmax_r4_s0"),
+    ("--data /datasets/imagenette112 --specialize", "runs/imagenette112_softmax_spec_s0"),
+])
+def test_default_run_folder(flags, name):
+    assert train.parse_args(flags.split()).out == name
+
+
+def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
+    def shape(flags):
+        config = train.parse_args(flags.split()).config
+        return config.dim, config.depth, config.heads
+
+    assert shape("--arch tiny") == (192, 12, 3)                     # on shapes too, whose recipe has its own
+    assert shape("--data DIR --arch base") == (768, 12, 12)
+    assert shape("--data DIR --arch tiny --depth 6") == (192, 6, 3)
+    assert shape("--dim 128 --heads 4") == (128, train.RECIPES["shapes"]["depth"], 4)
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze):
+    """PROTOCOL 1.6 and 1.7 as loops over views, pairs and parameters; returns the loss and the new centre."""
+    with torch.no_grad():
+        raw = [teacher([view])[0] for view in views[:2]]
+        targets = [F.softmax((t - center) / temp, -1) for t in raw]
+    answers = [F.log_softmax(student([view])[0] / 0.1, -1) for view in views]
+    pairs = [-(targets[q] * answers[v]).sum(-1).mean() for q in range(2) for v in range(len(views)) if v != q]
+    loss = sum(pairs) / len(pairs)
+    named = list(student.named_parameters())
+    for (name, p), g in zip(named, torch.autograd.grad(loss, [p for _, p in named]), strict=True):
+        if freeze and "last_layer" in name:
+            continue
+        g = g * min(1, 3.0 / (g.norm() + 1e-6))
+        m, v, n = moments.get(name, (0, 0, 0))
+        m, v, n = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, n + 1
+        with torch.no_grad():
+            if p.ndim > 1 and not name.endswith("bias"):
+                p *= 1 - lr * wd
+            p -= lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
+    with torch.no_grad():
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.copy_(momentum * t + (1 - momentum) * s)
+    return loss.detach(), 0.9 * center + 0.1 * torch.cat(raw).mean(0, keepdim=True)
+
+
+def test_three_steps_equal_the_algorithm_written_as_loops():
+    args = train.parse_args([*TINY, "--registers", "2", "--specialize"])
+    cpu = torch.device("cpu")
+    ours, plain = train.Run(args, cpu), train.Run(args, cpu)
+    start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
+    multicrop = dino.MultiCrop(32, 16, 2)
+    crops = train.Crops(train.Scenes(32, 24), multicrop, seed=0)
+    center, moments = torch.zeros(1, 64), {}
+    for step in range(3):
+        now = dict(lr=1e-3, wd=5.0, momentum=0.9, temp=0.05 + 0.01 * step)
+        batch = train.collate([crops[0, i] for i in range(8 * step, 8 * step + 8)])[:-1]
+        freeze = step == 0
+        loss, *_ = train.train_step(ours, ours.student, [batch], multicrop, step, 0, now, freeze)
+        order = train.rng(train.JITTER, args.seed, step).permutation(4)
+        views = multicrop.photometric(*batch, order)
+        expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.loss.center, center, rtol=1e-3, atol=1e-5)
+    for name, p in ours.student.named_parameters():
+        if "qkv" in name and name.endswith("bias"):                 # the gradient of a key bias is rounding alone
+            continue
+        reference = dict(plain.student.named_parameters())[name]
+        moved = (reference - start[name]).norm()
+        assert (p - reference).norm() <= 1e-2 * moved, name
+    for (name, t), reference in zip(ours.teacher.named_parameters(), plain.teacher.parameters(), strict=True):
+        torch.testing.assert_close(t, reference, rtol=0, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_teacher_moves_by_moving_average_alone(tmp_path):
+    run(tmp_path, "--length", "8", "--momentum", "0.5")             # one step per epoch, so one file per step
+    files = [load(tmp_path / f"checkpoint_{epoch:04d}.pt") for epoch in range(4)]
+    for step, momentum in enumerate((0.5, 0.625, 0.875)):           # 1 - (1 - 0.5) (1 + cos(pi step / 3)) / 2
+        for teacher, student in (("teacher", "student"), ("teacher_head", "student_head")):
+            for name, before in files[step][teacher].items():
+                after = momentum * before + (1 - momentum) * files[step + 1][student][name]
+                torch.testing.assert_close(files[step + 1][teacher][name], after, rtol=0, atol=1e-6)
+    assert not torch.equal(files[3]["teacher"]["cls_token"], files[3]["student"]["cls_token"])
+
+
+def test_prototypes_stay_during_the_first_epoch_and_move_later(tmp_path):
+    run(tmp_path, "--length", "16", "--lr", "0.01")
+    heads = [load(tmp_path / f"checkpoint_{epoch:04d}.pt")["student_head"] for epoch in range(4)]
+    for name in ("last_layer.weight_g", "last_layer.weight_v"):     # nor do they decay
+        assert torch.equal(heads[0][name], heads[1][name])
+        assert not torch.equal(heads[1][name], heads[2][name])
+    assert not torch.equal(heads[0]["mlp.0.weight"], heads[1]["mlp.0.weight"])
+
+
+def test_every_parameter_that_can_learn_gets_a_gradient(tmp_path):
+    flags = "--registers 2 --specialize --epochs 1 --warmup-epochs 0 --freeze-last-layer 0 --length 8".split()
+    moments = gradients(tmp_path, run(tmp_path, *flags))
+    idle = {name for name, m in moments.items() if not m.any()}
+    # the loss sees [CLS] alone: after the last attention, what acts on the other tokens has no effect
+    assert idle == {"backbone.norm.weight", "backbone.norm.bias",
+                    "backbone.blocks.1.norm2.weight", "backbone.blocks.1.norm2.bias"}
+
+
+def test_student_learns_a_teacher_that_stands_still(tmp_path):
+    run(tmp_path, *"--length 8 --epochs 60 --save-every 60 --lr 0.1 --momentum 1 --center-momentum 1".split())
+    first, *_, last = records(tmp_path)
+    assert last["loss"] < 0.6 * first["loss"] < 0.6 * math.log(64)
+
+
+@pytest.mark.parametrize("flags", ["--attn softmax", "--attn softmax --registers 4", "--attn softmax --specialize",
+                                   "--attn entmax15", "--attn entmax15 --registers 4 --specialize"])
+def test_every_method_trains_and_loads(tmp_path, flags):
+    state = run(tmp_path, *flags.split(), *"--length 8 --norm-last-layer --local-crops 1".split())
+    model = vit.load_backbone(tmp_path / "checkpoint.pt")
+    assert dataclasses.asdict(model.config) == state["config"]
+    assert state["config"]["attn"] == flags.split()[1]
+    assert torch.equal(state["student_head"]["last_layer.weight_g"], torch.ones(64, 1))     # --norm-last-layer
+
+
+def test_bf16_autocast_starts_where_float32_does(tmp_path):
+    first = {}
+    for amp in ("off", "bf16"):
+        run(tmp_path / amp, "--amp", amp, *"--length 8 --epochs 1 --warmup-epochs 0 --teacher-temp 0.5".split(),
+            "--warmup-teacher-temp", "0.5")
+        first[amp] = records(tmp_path / amp)[0]
+    assert first["bf16"]["loss"] != first["off"]["loss"]
+    assert first["bf16"]["loss"] == pytest.approx(first["off"]["loss"], rel=0.02)
+
+
+# ---- processes and micro-batches ------------------------------------------------------------------------------------
+
+# clipping would hide a gradient that is wrong by a factor; a small lr keeps Adam from blowing rounding up to weights
+SPLIT = [*TINY, *"--length 16 --epochs 2 --warmup-epochs 0 --freeze-last-layer 0 --clip-grad 0 --lr 1e-3 "
+                 "--registers 2 --specialize".split()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(out, base=SPLIT)
+
+
+def torchrun(processes, out, *flags):
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    done = subprocess.run([sys.executable, *launcher, SCRIPT, *SPLIT, "--out", out, *flags], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("paper's recipe") == 1                 # rank 0 alone prints
+    return load(out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("processes, accum", [(1, "2"), (2, "1"), (2, "2")])
+def test_any_split_of_the_batch_gives_the_same_loss_centre_and_gradients(tmp_path, whole, processes, accum):
+    out, expected = whole
+    if processes == 1:
+        state = run(tmp_path, "--accum", accum, base=SPLIT)
+    else:
+        state = torchrun(processes, tmp_path, "--accum", accum)
+    assert state["step"] == expected["step"] == 4
+    for ours, reference in zip(records(tmp_path), records(out), strict=True):
+        assert ours["step"] == reference["step"]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    torch.testing.assert_close(state["center"], expected["center"], rtol=1e-4, atol=1e-6)
+    ours, reference = gradients(tmp_path, state), gradients(out, expected)
+    for name in reference:
+        scale = reference[name].norm()
+        if name.endswith("qkv.bias") or name.endswith("qkv_cls.bias"):      # that of a key bias is rounding alone
+            scale = reference[name.replace("bias", "weight")].norm()
+        assert (ours[name] - reference[name]).norm() <= 1e-4 * scale, name
+
+
+def order(n, batch_size, rank=0, world=1, accum=1, start=0, epochs=3, seed=0):
+    args = train.parse_args([*TINY, f"--batch-size={batch_size}", f"--accum={accum}", f"--epochs={epochs}",
+                             f"--seed={seed}"])
+    return list(train.Batches(n, args, rank, world, start))
+
+
+@pytest.mark.parametrize("world, accum", [(1, 2), (2, 1), (2, 3), (6, 1)])
+def test_parts_of_a_batch_join_to_the_batch(world, accum):
+    whole = order(45, 12)
+    parts = [order(45, 12, rank, world, accum) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        joined = [key for part in parts for micro in part[step * accum:(step + 1) * accum] for key in micro]
+        assert joined == batch
+    assert all(len(part) == len(whole) * accum for part in parts)
+
+
+def test_an_epoch_is_a_permutation_and_the_next_one_another():
+    batches = order(45, 12)
+    assert len(batches) == 9                                        # three per epoch; nine pictures sit out
+    epochs = [sum(batches[e * 3:e * 3 + 3], []) for e in range(3)]
+    for e, keys in enumerate(epochs):
+        assert {epoch for epoch, _ in keys} == {e}
+        assert len({i for _, i in keys}) == 36 and {i for _, i in keys} <= set(range(45))
+    assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
+    assert {i for _, i in epochs[0]} != {i for _, i in epochs[1]}   # and others sit out
+    assert order(45, 12, seed=1) != batches
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 9])
+def test_order_goes_on_from_any_step(start):
+    assert order(45, 12, start=start) == order(45, 12)[start:]
+    assert order(45, 12, 1, 2, 2, start=start) == order(45, 12, 1, 2, 2)[2 * start:]
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    states = [run(tmp_path / str(n), "--workers", str(n), "--drop-path", "0.1") for n in (0, 2)]
+    assert not differing(*states)
+
+
+def test_seed_changes_weights_and_crops(tmp_path):
+    a, b = (train.Run(train.parse_args([*TINY, "--seed", seed]), torch.device("cpu")) for seed in "01")
+    assert not torch.equal(a.student.backbone.pos_embed, b.student.backbone.pos_embed)
+    source = train.Scenes(32, 2)
+
+    def crops(seed, epoch, index):
+        return train.Crops(source, dino.MultiCrop(32, 16, 2), seed)[epoch, index][0]
+
+    first = crops(0, 0, 0)
+    assert torch.equal(first, crops(0, 0, 0))
+    assert not any(torch.equal(first, crops(*key)) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+
+
+# ---- interruption and resume ----------------------------------------------------------------------------------------
+
+def interrupted(out, number, done, *flags):
+    """Start the run, send it a signal once `done` steps are logged, return its exit status and what it printed."""
+    with open(f"{out}.txt", "w+") as text:
+        process = subprocess.Popen([sys.executable, SCRIPT, *LONG, "--out", out, *flags], stdout=text, stderr=text,
+                                   start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        log = Path(out, "log.jsonl")
+        try:
+            while not log.exists() or log.read_bytes().count(b"\n") < 1 + done:
+                assert process.poll() is None, Path(text.name).read_text()
+                time.sleep(0.005)
+            os.killpg(process.pid, number)                          # to its loader workers too, as a terminal does
+            return process.wait(60), Path(text.name).read_text()
+        finally:
+            process.kill()
+
+
+def assert_as_uninterrupted(out, uninterrupted, state):
+    assert not differing(state, load(uninterrupted / "checkpoint.pt"))
+    names = ("checkpoint_0000.pt", "checkpoint_0003.pt")
+    assert sorted(path.name for path in out.glob("checkpoint_*")) == sorted(names)
+    for name in names:
+        assert not differing(load(out / name), load(uninterrupted / name), keys=NUMBERED)
+    log, expected = records(out), records(uninterrupted)
+    assert [r["step"] for r in log] == list(range(1, 49))           # each once, in order
+    assert [r["loss"] for r in log] == [r["loss"] for r in expected]
+
+
+def test_killed_run_resumes_bit_equal(tmp_path, uninterrupted, capsys):
+    status, _ = interrupted(tmp_path / "run", signal.SIGKILL, done=7)
+    assert status == -signal.SIGKILL
+    step = load(tmp_path / "run/checkpoint.pt")["step"]
+    assert 5 <= step < 48 and step % 16                             # in the middle of an epoch
+    with Path(tmp_path, "run/log.jsonl").open("a") as log:          # what a kill in the middle of a write leaves
+        log.write('{"step": 49, "lo')
+    state = run(tmp_path / "run", "--workers", "1", base=LONG)
+    assert f"going on from step {step}" in capsys.readouterr().out
+    assert_as_uninterrupted(tmp_path / "run", uninterrupted, state)
+
+
+def test_sigterm_saves_between_two_steps_and_the_run_resumes_bit_equal(tmp_path, uninterrupted):
+    status, text = interrupted(tmp_path / "run", signal.SIGTERM, 6, "--save-steps", "1000", "--workers", "1")
+    assert status == 128 + signal.SIGTERM, text
+    assert "Traceback" not in text
+    step = load(tmp_path / "run/checkpoint.pt")["step"]
+    assert 6 <= step < 48                                           # the last periodic one is that of step 0
+    assert f"stopped by signal 15 after step {step}, saved" in text
+    assert records(tmp_path / "run")[-1]["step"] == step
+    assert_as_uninterrupted(tmp_path / "run", uninterrupted, run(tmp_path / "run", base=LONG))
+
+
+def test_kill_between_the_two_files_of_an_epoch_loses_none(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write, left = train.save_checkpoint, [2 + 2 + 1]                # epochs 0 and 1, then the first of epoch 2's two
+
+    def killed(path, state):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        write(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_checkpoint", killed)
+        run(tmp_path)
+    run(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint_*"))] == [f"checkpoint_000{e}.pt" for e in range(4)]
+
+
+def test_finished_run_says_so_and_touches_nothing(uninterrupted, capsys):
+    before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
+    train.main([*LONG, "--out", str(uninterrupted)])                # returns: exit status 0
+    assert "finished, 3 epochs done" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
+
+
+@pytest.mark.parametrize("flags, old, new", [
+    ("--lr 0.5", "0.008", "0.5"), ("--attn softmax", "entmax15", "softmax"), ("--seed 3", "0", "3"),
+    ("--epochs 9", "3", "9"), ("--registers 0", "2", "0"), ("--length 64", "128", "64"),
+    ("--local-scale 0.1 0.4", "[0.05, 0.4]", "[0.1, 0.4]"),
+])
+def test_changed_flag_is_refused_with_both_values(uninterrupted, capsys, flags, old, new):
+    before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
+    assert exits([*LONG, "--out", uninterrupted, *flags.split()]) == (2, "")
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{flags.split()[0]} was {old} in {uninterrupted / 'checkpoint.pt'} and is {new} now" in message
+    assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
+
+
+def test_flags_that_decide_no_number_may_change(uninterrupted):
+    train.main([*LONG, "--out", str(uninterrupted), *"--workers 3 --log-every 7 --save-every 2 --save-steps 9".split()])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_checkpoint_that_cannot_be_resumed_is_named(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"teacher": {}}, path)
+    else:
+        path.write_bytes(content)
+    status, message = exits([*TINY, "--out", tmp_path])
+    assert status == 1 and message.startswith(f"{path}: cannot be resumed") and "--out" in message
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def test_checkpoint_holds_what_is_promised_in_plain_types(uninterrupted):
+    keys = "config student teacher student_head teacher_head center optimizer scaler step epoch args".split()
+    state, numbered = load(uninterrupted / "checkpoint.pt"), load(uninterrupted / "checkpoint_0003.pt")
+    assert list(state) == keys
+    assert list(numbered) == [key for key in keys if key not in ("optimizer", "scaler")]
+    plain = (torch.Tensor, int, float, str, bool, type(None))
+    assert {type(leaf) for _, leaf in leaves(state)} <= set(plain)
+    assert state["step"] == numbered["step"] == 48 and state["epoch"] == numbered["epoch"] == 3
+    assert not differing(state, numbered, keys=NUMBERED)
+    model = vit.VisionTransformer(vit.ViTConfig(**state["config"]))
+    for which in ("student", "teacher"):
+        assert list(state[which]) == list(model.state_dict())       # no prefixes
+        assert list(state[f"{which}_head"]) == list(dino.DINOHead(32, 64, 32, 16).state_dict())
+    assert state["args"]["lr"] == 0.008 and state["args"]["global_scale"] == [0.4, 1.0]
+
+
+def test_file_0000_holds_the_initial_weights(uninterrupted):
+    state = load(uninterrupted / "checkpoint_0000.pt")
+    torch.manual_seed(0)                                            # the seed of the run
+    fresh = vit.VisionTransformer(vit.ViTConfig(**state["config"])).state_dict()
+    assert not differing(state, {"student": fresh}, keys=["student"])
+    assert not differing(state, {"student": state["teacher"], "student_head": state["teacher_head"]},
+                         keys=["student", "student_head"])
+    assert state["epoch"] == state["step"] == 0 and not state["center"].any()
+
+
+def test_load_backbone_reads_both_networks(uninterrupted):
+    state = load(uninterrupted / "checkpoint.pt")
+    for which in ("teacher", "student"):
+        model = vit.load_backbone(uninterrupted / "checkpoint.pt", which)
+        assert not differing(state, {which: model.state_dict()}, keys=[which])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {"step": 1})
+    old = path.read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(SystemExit, match=re.escape(f"{path}: not written: {error}")):
+        train.save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient", "centre"])
+@pytest.mark.parametrize("log_every", ["1", "1000"])                # found on a log line, found before a save
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch, where, log_every):
+    honest = train.train_step
+
+    def planted(run, model, micro_batches, multicrop, step, *rest, **kw):
+        if step != 5:                                               # the sixth
+            return honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+        hook = None
+        if where == "weight":
+            run.student.backbone.cls_token.data[0, 0, 0] = math.nan
+        elif where == "gradient":
+            hook = run.student.head.mlp[0].weight.register_hook(lambda g: g * math.inf)
+        else:
+            run.teacher.head.last_layer.weight_g.data[3] = math.inf
+        result = honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+        if hook:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(train, "train_step", planted)
+    flags = f"--out {tmp_path} --save-steps 3 --save-every 3 --log-every {log_every}"
+    status, message = exits([*TINY, *flags.split()])
+    good = tmp_path / "checkpoint.pt"
+    assert status == 1
+    assert "not finite at step 6;" in message and f"last good: {good}, step 3" in message
+    for path in tmp_path.glob("*.pt"):
+        bad = [name for name, leaf in leaves(load(path)) if torch.is_tensor(leaf) and not leaf.isfinite().all()]
+        assert not bad, path
+    assert load(good)["step"] == 3
+    assert {r["step"] for r in records(tmp_path)} <= set(range(1, 7))
+
+
+# ---- log ------------------------------------------------------------------------------------------------------------
+
+def test_log_carries_what_reveals_failure(uninterrupted):
+    first, *steps = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert {"args", "config", "processes", "device", "versions", "commit", "dirty", "date"} <= first.keys()
+    assert {"python", "torch", "torchvision", "numpy", "pillow"} <= first["versions"].keys()
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["args"] == load(uninterrupted / "checkpoint.pt")["args"]
+    wanted = {"step", "epoch", "loss", "loss_per_log_k", "entropy", "kl", "center", "grad_norm", "support", "lr", "wd",
+              "momentum", "images_per_s", "memory_gib", "eta_s"}
+    args = train.parse_args(LONG)
+    for r in steps:
+        assert wanted <= r.keys()
+        assert all(math.isfinite(r[key]) for key in wanted)
+        assert r["loss_per_log_k"] == pytest.approx(r["loss"] / math.log(64))
+        assert 0 <= r["entropy"] <= math.log(64) * (1 + 1e-6) and r["kl"] >= 0 and 0 < r["support"] <= 1
+        now = train.schedules(args, r["step"] - 1, per_epoch=16)
+        assert {key: r[key] for key in now} == now
+    final = load(uninterrupted / "checkpoint.pt")
+    assert steps[-1]["center"] == pytest.approx(final["center"].norm().item())
+
+
+def test_support_is_the_share_of_nonzero_weights(tmp_path):
+    for attn in ("entmax15", "softmax"):
+        args = train.parse_args([*TINY, "--attn", attn])
+        model = train.Run(args, torch.device("cpu"))
+        if attn == "entmax15":                                      # sharp enough for zeros
+            model.teacher.backbone.blocks[-1].attn.qkv.weight.data.mul_(100)
+        views = [torch.randn(8, 3, 32, 32)] * 2
+        weights = model.teacher.backbone.attention(views[0], 1)
+        logits = torch.randn(2, 8, 64)
+        facts = train.diagnose(model, logits, logits, views[0], 0.07)
+        assert facts["support"] == pytest.approx(weights.count_nonzero().item() / weights.numel())
+        assert facts["support"] == 1 if attn == "softmax" else facts["support"] < 0.7
+        p = F.softmax(logits.double() / 0.07, -1)
+        assert facts["entropy"] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-5)
+        cross = -(p * F.log_softmax(logits.double() / 0.1, -1).flip(0)).sum(-1).mean().item()
+        assert facts["loss"] == pytest.approx(cross, rel=1e-5)
+        assert facts["kl"] == pytest.approx(facts["loss"] - facts["entropy"])
+
+
+def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
+    lines = ['{"args": {}}', *(json.dumps({"step": step}) for step in (1, 4, 8, 12)), '{"step": 13, "lo']
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(lines))
+    train.Log(tmp_path, False, 8)                                   # not the main process
+    assert path.read_text() == "\n".join(lines)
+    train.Log(tmp_path, True, 8).record({"step": 9}, "step 9")
+    assert path.read_text().splitlines() == [*lines[:4], '{"step": 9}']
+    assert capsys.readouterr().out == "step 9\n"                    # no terminal: a plain line
+
+
+def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
+    run(tmp_path, "--length", "8")
+    assert capsys.readouterr().out.startswith("shapes, embedded; the paper's recipe needs --data DIR\n")
+
+
+@pytest.mark.parametrize("record, sign", [
+    (dict(loss=2.0, entropy=1e-4), "entropy is 0"),
+    (dict(loss=2.0, entropy=math.log(64) - 1e-4), "ln K"),
+    (dict(loss=math.log(64) + 1e-4, entropy=2.0), "ln K"),
+    (dict(loss=2.0, entropy=1.0), None),
+    (dict(loss=0.5 * math.log(64), entropy=0.9 * math.log(64)), None),
+])
+def test_collapse_is_called_by_name(record, sign):
+    healthy = dict(loss=2.0, entropy=1.0)
+    warning = train.collapse([healthy] * 3 + [record] * 5, math.log(64))
+    assert sign in warning and "--" in warning if sign else warning is None
+    assert train.collapse([record] * 4, math.log(64)) is None       # too early to tell
+    assert train.collapse([record] * 4 + [healthy], math.log(64)) is None
+
+
+def test_collapsed_run_warns_once(tmp_path, capsys):
+    run(tmp_path, *"--length 8 --epochs 8 --save-every 8 --teacher-temp 1e5 --warmup-teacher-temp 1e5".split())
+    assert capsys.readouterr().out.count("warning: ") == 1          # uniform teacher
+
+
+# ---- folders of images ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder as people have them; {path: (height, width, mean colour)} of the readable pictures, and the others."""
+    root = tmp_path / "pictures"
+    (root / "train/cats/deep er").mkdir(parents=True)
+    (root / "val").mkdir()
+    readable, broken = {}, []
+
+    def draw(name, mode, colour, expected, size=(40, 30), **options):
+        path = root / "train" / name
+        Image.new(mode, size, colour).save(path, **options)
+        readable[str(path)] = (size[1], size[0], expected)
+
+    draw("top.png", "RGB", (200, 10, 90), (200, 10, 90))
+    draw("cats/a.JPG", "RGB", (128, 128, 128), (128, 128, 128))
+    draw("cats/deep er/b.jpeg", "L", 77, (77, 77, 77))
+    draw("cats/cmyk.jpg", "CMYK", (0, 255, 0, 0), (255, 0, 255))
+    draw("cats/really_png.jpg", "RGB", (1, 2, 3), (1, 2, 3), format="PNG")
+    draw("cats/deep.png", "I;16", 40_000, (156, 156, 156))
+    draw("cats/alpha.png", "RGBA", (9, 8, 7, 30), (9, 8, 7))
+    draw("cats/palette.gif", "P", 0, (0, 0, 0))
+    draw("cats/dot.png", "RGB", (5, 6, 7), (5, 6, 7), size=(1, 1))
+    draw("cats/line.bmp", "RGB", (5, 6, 7), (5, 6, 7), size=(90, 1))
+    Image.effect_noise((64, 64), 90).save(root / "train/cats/cut.jpg")
+    whole = (root / "train/cats/cut.jpg").read_bytes()
+    (root / "train/cats/cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (root / "train/text.jpg").write_text("<html>404 Not Found</html>")
+    (root / "train/empty.png").touch()
+    broken = [str(root / "train" / name) for name in ("cats/cut.jpg", "text.jpg", "empty.png")]
+    (root / "train/labels.txt").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(root / "val/other.png")
+    return root, readable, broken
+
+
+def test_images_are_found_in_train_at_any_depth(tree):
+    root, readable, broken = tree
+    assert train.list_images(str(root)) == sorted([*readable, *broken])
+
+
+def test_flat_folder_without_train(tmp_path):
+    for name in ("b.png", "a.jpeg", "c.txt", "d"):
+        (tmp_path / name).touch()
+    assert train.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
+
+
+def test_loops_of_links_end_and_links_count(tmp_path):
+    (tmp_path / "set/a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for path in ("set/a/x.png", "elsewhere/y.png"):
+        (tmp_path / path).touch()
+    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/z.png").symlink_to(tmp_path / "set/a/x.png")
+    found = [os.path.relpath(path, tmp_path / "set") for path in train.list_images(str(tmp_path / "set"))]
+    assert found == ["a/x.png", "again/y.png", "z.png"]             # elsewhere once, under the first of its names
+
+
+def test_readable_files_are_read_whatever_they_are_called(tree):
+    root, readable, _ = tree
+    pictures = train.Pictures(sorted(readable))
+    assert len(pictures) == len(readable)
+    for i in range(len(pictures)):
+        image = pictures.read(i)
+        height, width, colour = readable[pictures.name(i)]
+        assert image.dtype == torch.uint8 and image.shape == (3, height, width)
+        assert (image.float().mean((1, 2)) - torch.tensor(colour)).abs().max() <= 2, pictures.name(i)   # JPEG rounds
+
+
+def test_every_readable_file_can_be_cropped(tree):
+    root, readable, _ = tree
+    crops = train.Crops(train.Pictures(sorted(readable)), dino.MultiCrop(32, 16, 2), 0)
+    for i in range(len(readable)):
+        large, small, draws, failed = crops[0, i]
+        assert large.shape == (2, 3, 32, 32) and small.shape == (2, 3, 16, 16) and not failed
+
+
+def test_unreadable_file_gives_way_to_another_by_seed_epoch_and_index(tree):
+    root, readable, broken = tree
+    paths = train.list_images(str(root))
+
+    def item(seed, epoch, path):
+        return train.Crops(train.Pictures(paths), dino.MultiCrop(32, 16, 2), seed)[epoch, paths.index(path)]
+
+    colours = torch.tensor([colour for *_, colour in readable.values()]).float()
+    seen = set()
+    for epoch in range(8):
+        for path in broken:
+            large, small, draws, failed = item(0, epoch, path)
+            assert failed[0] == path and set(failed) <= set(broken)
+            again = item(0, epoch, path)
+            assert all(torch.equal(x, y) for x, y in zip((large, small, draws), again[:3], strict=True))
+            assert again[3] == failed
+            distance = (large.float().mean((0, 2, 3)) - colours).abs().amax(1)      # flat pictures: known by colour
+            assert distance.min() <= 2
+            seen.add((path, int(distance.argmin())))
+    for path in broken:
+        assert len({which for p, which in seen if p == path}) > 1   # another epoch, another replacement
+
+
+def test_folder_of_nothing_readable_does_not_hang(tmp_path):
+    (tmp_path / "a.png").touch()
+    large, *_, failed = train.Crops(train.Pictures([str(tmp_path / "a.png")]), dino.MultiCrop(32, 16, 0), 0)[0, 0]
+    assert len(failed) == 100 and (large == 128).all()
+
+
+class Said(list):
+    say = list.append
+
+
+def test_each_unreadable_file_is_reported_once():
+    reads, log = train.Reads(), Said()
+    for _ in range(3):
+        reads.add(500, ["a.jpg", "b.jpg"])
+        reads.report(log, epoch_over=True)
+    assert len(log) == 2 and "a.jpg" in log[0] and "b.jpg" in log[1]
+    assert (reads.total, reads.failed) == (1506, 6)
+
+
+@pytest.mark.parametrize("good, bad, epoch_over, stops", [
+    (900, 99, False, False),                                        # 999 reads: too early to judge
+    (900, 100, False, True),
+    (990, 10, True, False),                                         # 1 % is not more than 1 %
+    (989, 11, False, True),
+    (30, 1, False, False),
+    (30, 1, True, True),                                            # small folders are judged after an epoch
+])
+def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_over, stops):
+    reads = train.Reads()
+    reads.add(good, [f"{i:03d}.jpg" for i in range(bad)])
+    if stops:
+        with pytest.raises(SystemExit, match=f"000.jpg.*{bad} unreadable files; {bad} of {good + bad} reads.*1 %"):
+            reads.report(Said(), epoch_over)
+    else:
+        assert reads.report(Said(), epoch_over) == bad
+
+
+def draw_folder(root, good, bad):
+    root.mkdir()
+    for i in range(good):
+        Image.effect_noise((24, 24), 60).convert("RGB").save(root / f"{i:03d}.jpg")
+    for i in range(bad):
+        (root / f"bad{i}.jpg").write_text("no picture")
+    return root
+
+
+FOLDER = [*SIZES, *"--local-crops 2 --epochs 2 --warmup-epochs 1 --log-every 1 --warmup-teacher-temp-epochs 0".split()]
+
+
+def test_few_bad_files_are_named_counted_and_training_goes_on(tmp_path, capsys):
+    root = draw_folder(tmp_path / "images", 143, 1)
+    strange = os.fsdecode(b"caf\xe9.jpg")                           # Latin-1, no UTF-8
+    os.rename(root / "000.jpg", root / strange)
+    with open(root / "bad0.jpg", "rb") as content:
+        Path(root, os.fsdecode(b"\xff.jpg")).write_bytes(content.read())
+    os.remove(root / "bad0.jpg")
+    state = run(tmp_path / "run", "--data", str(root), "--workers", "1", base=FOLDER)
+    assert state["epoch"] == 2 and state["args"]["images"] == 144
+    text = capsys.readouterr().out
+    assert text.count("unreadable") == 1 and f"{root}/\ufffd.jpg" in text
+    assert [r["bad_files"] for r in records(tmp_path / "run")][17::18] == [1, 2]    # once in each epoch
+    assert not differing(state, run(tmp_path / "again", "--data", str(root), "--workers", "0", base=FOLDER))
+
+
+def test_another_number_of_images_is_refused(tmp_path):
+    root = draw_folder(tmp_path / "images", 16, 0)
+    run(tmp_path / "run", "--data", str(root), "--workers", "0", base=FOLDER)
+    os.remove(root / "003.jpg")
+    status, message = exits([*FOLDER, "--data", root, "--out", tmp_path / "run", "--workers", "0"])
+    assert status == 1 and "trained on 16 images" in message and f"{root} holds 15 now" in message
+
+
+def test_many_bad_files_stop_the_run_at_the_end_of_the_first_epoch(tmp_path, capsys):
+    root = draw_folder(tmp_path / "images", 28, 4)
+    status, message = exits([*FOLDER, "--data", root, "--out", tmp_path / "run", "--workers", "0"])
+    assert status == 1 and "more than 1 %" in message and str(root / "bad0.jpg") in message
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]      # four steps make an epoch
+    text = capsys.readouterr().out
+    assert all(text.count(f"bad{i}.jpg") == 1 for i in range(4))
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--batch-size 10 --accum 4", "--batch-size 10 is not divisible by 1 processes x --accum 4"),
+    ("--image-size 60", "--image-size 60 is not a multiple of --patch-size 8"),
+    ("--local-size 30", "--local-size 30 is not a multiple of --patch-size 8"),
+    ("--attn sparsemax", "invalid choice: 'sparsemax'"),
+    ("--arch huge", "invalid choice: 'huge'"),
+    ("--epochs 0", "--epochs 0"),
+    ("--epochs 5 --warmup-epochs 5", "--warmup-epochs 5 leaves nothing of --epochs 5"),
+    ("--lr -1", "--lr -1.0"),
+    ("--lr nan", "--lr nan"),
+    ("--min-lr -1", "--min-lr -1.0"),
+    ("--registers -1", "--registers -1"),
+    ("--workers -1", "--workers -1"),
+    ("--seed -1", "--seed -1"),
+    ("--accum 0", "--accum 0"),
+    ("--batch-size 0", "--batch-size 0"),
+    ("--patch-size 0", "--patch-size 0"),
+    ("--save-every 0", "--save-every 0"),
+    ("--clip-grad -1", "--clip-grad -1.0"),
+    ("--weight-decay -0.1", "--weight-decay -0.1"),
+    ("--momentum 1.5", "--momentum 1.5"),
+    ("--center-momentum -0.1", "--center-momentum -0.1"),
+    ("--teacher-temp 0", "--teacher-temp 0.0"),
+    ("--global-scale 0.5 0.4", "--global-scale 0.5 0.4"),
+    ("--local-scale 0 0.4", "--local-scale 0.0 0.4"),
+    ("--dim 100 --heads 3", "dim=100 is not divisible by heads=3"),
+    ("--drop-path 1", "drop_path=1.0"),
+    ("--epoch 5", "unrecognized arguments: --epoch"),               # no abbreviations
+    pytest.param("--amp fp16", "--amp fp16 needs CUDA",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")),
+])
+def test_usage_errors_are_one_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(flags.split())
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and message in last
+
+
+def test_batch_is_divided_among_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--batch-size", "32", "--accum", "2"])
+    assert "--batch-size 32 is not divisible by 3 processes x --accum 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data missing", "missing: no such folder"),
+    ("--data empty", "empty: 0 images, fewer than --batch-size 8"),
+    ("--data some", "some: 5 images, fewer than --batch-size 8"),
+    ("--data shapes --length 7", "shapes: 7 images, fewer than --batch-size 8; raise --length"),
+])
+def test_data_errors_name_the_folder(tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    draw_folder(tmp_path / "some", 5, 0)
+    status, text = exits([*SIZES, *"--epochs 2 --warmup-epochs 1 --local-crops 2".split(), *flags.split()])
+    assert status == 1 and message in text and "\n" not in text
+    assert not os.path.exists("runs")

@@ -1,0 +1,711 @@
+"""Pretrain a ViT with DINO; softmax or entmax-1.5 attention, registers, CLS/patch specialization.
+
+    torchrun train.py --attn entmax15                                       embedded shapes: five minutes, two CPU cores
+    torchrun --nproc-per-node 8 train.py --attn entmax15 --data IMAGENET    the paper's: ViT-S/16, 200 epochs
+
+One process without torchrun, many with it, several nodes: the same code, and for the same --batch-size the same loss.
+Writes --out (default runs/<data>_<method>_s<seed>): checkpoint.pt (latest, complete), checkpoint_0000.pt ... (by
+epochs done), log.jsonl. Run the same command again and it goes on from checkpoint.pt, bit for bit.
+
+    B images per step, V views, K prototypes
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+import dino
+import vit
+from shapes import Shapes
+
+# What --data selects. "folder" is Caron et al.'s recipe for ViT-S/16 at the paper's 200 epochs (its own is unstated).
+RECIPES = {
+    "folder": dict(
+        arch="small", patch_size=16, image_size=224, local_size=96, local_crops=8, drop_path=0.1,
+        epochs=200, batch_size=1024, lr=5e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4,
+        momentum=0.996, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, freeze_last_layer=1,
+        teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30,
+        save_every=20, save_steps=500, log_every=50, workers=10,
+    ),
+    "shapes": dict(
+        dim=96, depth=4, heads=3, patch_size=8, image_size=64, local_size=32, local_crops=2, drop_path=0.0,
+        epochs=60, batch_size=32, lr=8e-3, min_lr=1e-6, warmup_epochs=6, weight_decay=0.04, weight_decay_end=0.1,
+        momentum=0.98, out_dim=512, hidden_dim=256, bottleneck_dim=64, freeze_last_layer=1,
+        teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
+        save_every=10, save_steps=200, log_every=50, workers=0,
+    ),
+}
+MODELS = {"tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
+MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")  # on resume; nothing else
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+# Streams of random numbers. Each draw is a function of its stream and a few integers: nothing random is ever stored.
+ORDER, CROPS, REPLACEMENT, JITTER, DROP_PATH = range(1, 6)
+
+
+def rng(stream, *key):
+    return np.random.default_rng((stream, *key))
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--arch")
+    choice = first.parse_known_args(argv)[0]
+    recipe = dict(RECIPES["shapes" if choice.data == "shapes" else "folder"])
+    if choice.arch:                                                 # it stands for these three
+        recipe = {name: value for name, value in recipe.items() if name not in ("dim", "depth", "heads")}
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images")
+    p.add_argument("--length", type=int, default=2000, help="scenes in the embedded data set")
+    p.add_argument("--image-size", type=int, help="side of the global crops, pixels")
+    p.add_argument("--local-size", type=int, help="side of the local crops, pixels")
+    p.add_argument("--local-crops", type=int, help="local crops per image")
+    p.add_argument("--global-scale", type=float, nargs=2, default=[0.4, 1.0], help="area of a global crop, share")
+    p.add_argument("--local-scale", type=float, nargs=2, default=[0.05, 0.4], help="area of a local crop, share")
+    p.add_argument("--workers", type=int, help="loader processes per training process")
+    # model
+    p.add_argument("--attn", choices=["softmax", "entmax15"], default="softmax", help="map from scores to weights")
+    p.add_argument("--registers", type=int, default=0, help="register tokens; 4 in the paper")
+    p.add_argument("--specialize", action="store_true", help="separate norms and early QKV for [CLS] and patches")
+    p.add_argument("--arch", choices=list(MODELS), help="width, depth and heads in one word")
+    p.add_argument("--dim", type=int, help="width; overrides --arch, as --depth and --heads do")
+    p.add_argument("--depth", type=int, help="blocks")
+    p.add_argument("--heads", type=int, help="attention heads")
+    p.add_argument("--patch-size", type=int, help="pixels")
+    p.add_argument("--drop-path", type=float, help="stochastic depth rate of the student's last block")
+    # head and loss
+    p.add_argument("--out-dim", type=int, help="prototypes K")
+    p.add_argument("--hidden-dim", type=int, help="width of the head's MLP")
+    p.add_argument("--bottleneck-dim", type=int, help="width before the prototypes")
+    p.add_argument("--norm-last-layer", action="store_true", help="keep the prototypes at length 1")
+    p.add_argument("--student-temp", type=float, default=0.1, help="student temperature")
+    p.add_argument("--teacher-temp", type=float, help="teacher temperature after warm-up; above 0.07 is often unstable")
+    p.add_argument("--warmup-teacher-temp", type=float, help="teacher temperature at the start")
+    p.add_argument("--warmup-teacher-temp-epochs", type=int, help="epochs from the one to the other")
+    p.add_argument("--center-momentum", type=float, default=0.9, help="moving average of the centre")
+    # optimisation
+    p.add_argument("--epochs", type=int, help="passes over the data")
+    p.add_argument("--batch-size", type=int, help="images per step over all processes")
+    p.add_argument("--accum", type=int, default=1, help="micro-batches per step and process")
+    p.add_argument("--lr", type=float, help="peak learning rate per 256 images")
+    p.add_argument("--min-lr", type=float, help="learning rate at the end")
+    p.add_argument("--warmup-epochs", type=int, help="epochs of linear learning-rate warm-up")
+    p.add_argument("--weight-decay", type=float, help="at the start")
+    p.add_argument("--weight-decay-end", type=float, help="at the end")
+    p.add_argument("--clip-grad", type=float, default=3.0, help="largest gradient norm of each tensor; 0 = off")
+    p.add_argument("--freeze-last-layer", type=int, help="epochs in which the prototypes stay fixed")
+    p.add_argument("--momentum", type=float, help="teacher's moving average at the start; 0.9995 for batches near 256")
+    # run
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="autocast; default bf16 on CUDA, off on CPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile the two networks")
+    p.add_argument("--out", help="run folder; default runs/<data>_<method>_s<seed>")
+    p.add_argument("--save-every", type=int, help="epochs between numbered checkpoints")
+    p.add_argument("--save-steps", type=int, help="steps between writes of checkpoint.pt")
+    p.add_argument("--log-every", type=int, help="steps between log lines")
+    p.set_defaults(**recipe)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    sizes = ("length image_size local_size patch_size out_dim hidden_dim bottleneck_dim epochs batch_size accum "
+             "save_every save_steps log_every")
+    for name in sizes.split():
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    counts = "local_crops registers workers seed warmup_epochs warmup_teacher_temp_epochs freeze_last_layer "
+    for name in (counts + "min_lr weight_decay weight_decay_end clip_grad").split():
+        if not getattr(args, name) >= 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    for name in "student_temp teacher_temp warmup_teacher_temp lr".split():
+        if not getattr(args, name) > 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    for name in "momentum center_momentum".split():
+        if not 0 <= getattr(args, name) <= 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and 1")
+    for name in "global_scale local_scale".split():
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            p.error(f"--{name.replace('_', '-')} {low} {high}: two shares, 0 < first <= second <= 1")
+    for name in ("image_size", "local_size"):
+        if getattr(args, name) % args.patch_size:
+            flag = "--" + name.replace("_", "-")
+            p.error(f"{flag} {getattr(args, name)} is not a multiple of --patch-size {args.patch_size}")
+    if args.warmup_epochs >= args.epochs:
+        p.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (world * args.accum):
+        p.error(f"--batch-size {args.batch_size} is not divisible by {world} processes x --accum {args.accum}")
+    if args.amp == "fp16" and not torch.cuda.is_available():
+        p.error("--amp fp16 needs CUDA; use --amp off or bf16")
+    if args.amp is None:
+        args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if torch.cuda.is_available() else "off"
+    name = "shapes"
+    if args.data != "shapes":
+        args.data = os.path.abspath(args.data)
+        name = os.path.basename(args.data)
+    if args.out is None:
+        method = args.attn + f"_r{args.registers}" * (args.registers > 0) + "_spec" * args.specialize
+        args.out = f"runs/{name}_{method}_s{args.seed}"
+    try:
+        args.config = model_config(args)
+    except ValueError as error:
+        p.error(str(error))
+
+
+def model_config(args):
+    """ViTConfig of the command line: --arch, then whatever is given by itself."""
+    names = ["patch_size", "image_size", "attn", "registers", "specialize", "drop_path", "dim", "depth", "heads"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with torch.device("meta"):
+        return MODELS[args.arch or "small"](**given).config
+
+
+# ------------------------------------------------------------------------------------------- data
+def list_images(root):
+    """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not; links count."""
+    root = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
+    found, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:                                            # a loop of links, or the same folder twice
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()                                                # of two links to a folder every machine takes one
+        found += [os.path.join(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+    return sorted(found)
+
+
+class Pictures:
+    """read(i) -> uint8 (3, H, W), name(i) -> path. One block of bytes, because a million str objects would be copied
+    into every worker, page by page, as their reference counts change."""
+
+    def __init__(self, paths):
+        names = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([0] + [len(name) for name in names])
+        self.block = np.frombuffer(b"".join(names), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def name(self, i):
+        return os.fsdecode(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
+
+    def read(self, i):
+        pixels = np.array(vit.read_image(self.name(i)))             # (H, W, 3); the permuted view keeps channels last,
+        return torch.from_numpy(pixels).permute(2, 0, 1)            # which is torch's fast path for uint8 resizing
+
+
+class Scenes:
+    """The embedded data set, rendered once: 2,000 scenes of 64 px are 24 MB."""
+
+    def __init__(self, size, length):
+        scenes = Shapes("train", size, length)
+        self.images = torch.stack([scenes[i]["image"] for i in range(length)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, i):
+        return f"scene {i}"
+
+    def read(self, i):
+        return self.images[i]
+
+
+class Crops(Dataset):
+    """Item (epoch, i) -> (large, small, draws) of MultiCrop and the names of unreadable files met on the way.
+
+    An unreadable file gives way to another, chosen by (seed, epoch, i): the batch stays full and the run repeatable.
+    """
+
+    def __init__(self, source, multicrop, seed):
+        self.source, self.multicrop, self.seed = source, multicrop, seed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        candidates, failed = rng(REPLACEMENT, self.seed, epoch, i), []
+        image = None
+        while image is None:
+            try:
+                image = self.source.read(i)
+            except Exception:                                       # Pillow raises half a dozen types on broken files
+                failed.append(self.source.name(i))
+                i = int(candidates.integers(len(self.source)))
+                if len(failed) == 100:                              # hopeless: grey, until Reads stops the run
+                    image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+        return *self.multicrop(image, rng(CROPS, self.seed, *key)), failed
+
+
+class Batches:
+    """Sampler: the micro-batches of one process from step `start` to the end of training, as lists of (epoch, i).
+
+    The order is a function of (seed, epoch), and each process takes its part of every batch: the union over processes
+    and micro-batches is the same for any number of them.
+    """
+
+    def __init__(self, n, args, rank, world, start):
+        self.n, self.args, self.rank, self.world, self.start = n, args, rank, world, start
+
+    def __iter__(self):
+        a, per_epoch = self.args, self.n // self.args.batch_size
+        micro, shuffled = a.batch_size // (self.world * a.accum), None
+        for step in range(self.start, a.epochs * per_epoch):
+            epoch, batch = divmod(step, per_epoch)
+            if shuffled != epoch:
+                order, shuffled = rng(ORDER, a.seed, epoch).permutation(self.n), epoch
+            for k in range(a.accum):
+                first = batch * a.batch_size + (self.rank * a.accum + k) * micro
+                yield [(epoch, int(i)) for i in order[first:first + micro]]
+
+
+def collate(items):
+    failed = [name for item in items for name in item[-1]]
+    return *default_collate([item[:-1] for item in items]), failed
+
+
+def deaf_worker(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Reads:
+    """Counts reads and unreadable files of all processes, names each such file once, stops a run that has too many."""
+
+    def __init__(self):
+        self.total, self.failed, self.fresh, self.reported = 0, 0, [], set()
+
+    def add(self, images, failed):
+        self.total += images + len(failed)
+        self.failed += len(failed)
+        self.fresh += failed
+
+    def report(self, log, epoch_over):
+        """At log lines, on every process: exchange news, so that all of them come to the same decision."""
+        parts = [(self.total, self.failed, self.fresh)]
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (self.total, self.failed, self.fresh))
+        total, failed = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        for name in dict.fromkeys(name for part in parts for name in part[2]):
+            if name not in self.reported:
+                self.reported.add(name)
+                log.say(f"unreadable, replaced by another: {printable(name)} ({failed} of {total} reads so far)")
+        self.fresh = []
+        if failed > 0.01 * total and (total >= 1000 or epoch_over):
+            sys.exit(f"{printable(min(self.reported))}: one of {len(self.reported)} unreadable files; {failed} of "
+                     f"{total} reads failed, more than 1 %; mend or remove the files named above, then run this again")
+        return failed
+
+
+def printable(path):
+    return os.fsencode(path).decode(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------- the run
+class Distiller(nn.Module):
+    """A backbone and its head as one module: DistributedDataParallel wants one forward per step, with all crops."""
+
+    def __init__(self, config, args):
+        super().__init__()
+        self.backbone = vit.VisionTransformer(config)
+        self.head = dino.DINOHead(config.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim, args.norm_last_layer)
+
+    def forward(self, views):
+        return dino.forward_crops(self.backbone, self.head, views)
+
+
+class Run:
+    """All that changes while training and that a checkpoint holds. Nothing random is in it: see `rng`."""
+
+    def __init__(self, args, device):
+        self.args = args
+        torch.manual_seed(args.seed)                                # the same on every process: nothing else would make
+        self.student = Distiller(args.config, args).to(device)      # the teachers equal
+        self.teacher = Distiller(dataclasses.replace(args.config, drop_path=0.0), args).to(device).requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.loss = dino.DINOLoss(args.out_dim, args.student_temp, args.center_momentum).to(device)
+        self.optimizer = torch.optim.AdamW(dino.param_groups(self.student), fused=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.bad_step = torch.tensor(-1, device=device)             # the first step that left something not finite
+        self.saved = 0                                              # step of the last checkpoint
+        if args.compile:
+            self.student.compile()
+            self.teacher.compile()
+
+    def state(self, step, epoch):
+        return {
+            "config": dataclasses.asdict(self.args.config),
+            "student": self.student.backbone.state_dict(), "teacher": self.teacher.backbone.state_dict(),
+            "student_head": self.student.head.state_dict(), "teacher_head": self.teacher.head.state_dict(),
+            "center": self.loss.center, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "step": step, "epoch": epoch,
+            "args": {name: value for name, value in vars(self.args).items() if name != "config"},
+        }
+
+    def load(self, state):
+        for name in ("student", "teacher"):
+            getattr(self, name).backbone.load_state_dict(state[name])
+            getattr(self, name).head.load_state_dict(state[name + "_head"])
+        self.loss.center.copy_(state["center"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+    def watch(self, step, loss, grad_norm):
+        """Note the first bad step, on the device: nothing waits for it here."""
+        finite = self.loss.center.sum().isfinite()
+        if self.args.amp != "fp16":                                 # there the scaler skips such a step by itself
+            finite = finite & loss.isfinite() & grad_norm.isfinite()
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, step + 1, self.bad_step)     # as in the log
+
+    def check(self, out):
+        """Stop a run whose state is not finite. Every process comes to the same verdict: gradients are shared."""
+        if self.bad_step >= 0:
+            sys.exit(f"{out}: loss, gradient or centre is not finite at step {int(self.bad_step)}; last good: "
+                     f"{out / 'checkpoint.pt'}, step {self.saved}. Try --amp off or bf16, a lower --lr or --clip-grad")
+
+    def save(self, out, step, per_epoch, is_main):
+        """checkpoint.pt, and the numbered copy where one is due; never a state that is not finite."""
+        self.check(out)
+        self.saved, (epochs, rest) = step, divmod(step, per_epoch)
+        if is_main:
+            state = self.state(step, epochs)
+            if rest == 0 and (epochs % self.args.save_every == 0 or epochs == self.args.epochs):
+                weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
+                save_checkpoint(out / f"checkpoint_{epochs:04d}.pt", weights)      # first: a kill in between repeats it
+            save_checkpoint(out / "checkpoint.pt", state)
+
+
+def save_checkpoint(path, state):
+    """Whole or not at all: a killed job or a full disk leaves the file that was there."""
+    half = Path(f"{path}.tmp")
+    try:
+        with half.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
+        half.unlink(missing_ok=True)
+        sys.exit(f"{path}: not written: {error}; what was there is untouched; make room and run the same command again")
+
+
+def read_resume(path, args):
+    """State dict of an interrupted run, or None; refuses one of other arguments, because two recipes would mix."""
+    if not path.exists():
+        return None
+    try:
+        state = vit.read_checkpoint(path)
+        old = state["args"]
+        state["optimizer"], state["step"]
+    except (ValueError, KeyError) as error:
+        sys.exit(f"{path}: cannot be resumed ({error}); give another --out, or remove the file to start over")
+    new = {name: value for name, value in vars(args).items() if name != "config"}
+    for name in sorted(old.keys() | new.keys()):
+        if name not in (*MAY_CHANGE, "images") and old.get(name) != new.get(name):
+            flag = "--" + name.replace("_", "-")
+            print(f"train.py: error: {flag} was {old.get(name)} in {path} and is {new.get(name)} now; "
+                  f"go on with {flag} {old.get(name)}, or give another --out", file=sys.stderr)
+            sys.exit(2)
+    if old.get("images") != args.images:
+        sys.exit(f"{path}: trained on {old.get('images')} images, and {args.data} holds {args.images} now; "
+                 "bring the data back, or give another --out")
+    return state
+
+
+class Log:
+    """log.jsonl, and a line for the eye: rewritten in place on a terminal, one after the other in a file. Main only."""
+
+    def __init__(self, folder, is_main, step):
+        self.path, self.is_main, self.tty = Path(folder) / "log.jsonl", is_main, sys.stdout.isatty()
+        if is_main and self.path.exists():                          # drop what a killed run logged after its checkpoint
+            records = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in records if json.loads(line).get("step", 0) <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def record(self, record, line=None):
+        if self.is_main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if line:
+                print(f"\r{line}\033[K" if self.tty else line, end="" if self.tty else "\n", flush=True)
+
+    def say(self, text):
+        if self.is_main:
+            print("\n" * self.tty + text, flush=True)
+
+
+def provenance(args, device, world):
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        dirty = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout)
+    except OSError:                                                 # no git on this machine
+        commit, dirty = "", False
+    return {
+        "args": {name: value for name, value in vars(args).items() if name != "config"},
+        "config": dataclasses.asdict(args.config), "processes": world,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "torchvision": torchvision.__version__, "pillow": PIL.__version__},
+        "commit": commit, "dirty": dirty, "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def collapse(history, log_k):
+    """Text of a warning when the last five log records sit in one of DINO's two collapses, else None."""
+    last = list(history)[-5:]
+    if len(last) < 5:
+        return None
+    if all(r["entropy"] < 1e-3 * log_k for r in last):
+        return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
+                "--teacher-temp or a lower --lr")
+    if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
+        return ("the loss sits at ln K: the teacher is uniform. Try a lower --teacher-temp, a longer --warmup-epochs, "
+                "or --norm-last-layer")
+    return None
+
+
+def setup_distributed():
+    """(rank, world, device). Without torchrun: one process and no process group."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def schedules(args, step, per_epoch):
+    """lr, weight decay, teacher momentum and teacher temperature of a 0-based step. Temperature moves by epoch."""
+    total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    return dict(
+        lr=dino.cosine(step, args.lr * args.batch_size / 256, args.min_lr, total, warmup),      # Goyal et al. 2017
+        wd=dino.cosine(step, args.weight_decay, args.weight_decay_end, total),
+        momentum=dino.cosine(step, args.momentum, 1.0, total),
+        temp=dino.teacher_temperature(
+            step // per_epoch, args.warmup_teacher_temp_epochs, args.warmup_teacher_temp, args.teacher_temp),
+    )
+
+
+def train_step(run, model, micro_batches, multicrop, step, rank, now, freeze):
+    """One step of DINO (Caron et al., Alg. 1) on --accum micro-batches; `model` is the student, perhaps in DDP.
+
+    Returns device tensors and waits for none of them: loss and gradient norm (scalars); logits and first global views
+    of the last micro-batch, for the log.
+    """
+    args, device = run.args, run.loss.center.device
+    precision = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    order = rng(JITTER, args.seed, step).permutation(4)
+    loss, teacher_mean = 0, 0
+
+    for k, crops in enumerate(micro_batches):
+        torch.manual_seed(int(rng(DROP_PATH, args.seed, step, rank, k).integers(2**62)))
+        views = multicrop.photometric(*(x.to(device, non_blocking=True) for x in crops), order)
+        later = model is not run.student and k < len(micro_batches) - 1     # gradients travel with the last one
+        with model.no_sync() if later else contextlib.nullcontext():
+            with torch.autocast(device.type, precision, enabled=args.amp != "off"):
+                with torch.no_grad():
+                    teacher = run.teacher(views[:2])                # (2, B, K): only global crops reach the teacher
+                student = model(views)                              # (V, B, K): one forward for all crops
+            part = run.loss(student, teacher, now["temp"]) / len(micro_batches)
+            run.scaler.scale(part).backward()
+        loss += part.detach()
+        teacher_mean += teacher.float().mean((0, 1), keepdim=True) / len(micro_batches)
+
+    decayed, free = run.optimizer.param_groups
+    decayed["lr"] = free["lr"] = now["lr"]
+    decayed["weight_decay"] = now["wd"]
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = dino.clip_each(run.student.parameters(), args.clip_grad)
+    if freeze:
+        for p in run.student.head.last_layer.parameters():
+            p.grad = None                                           # not zero: AdamW would still decay them
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.loss.update_center(teacher_mean)                            # after the loss, which used the old one
+    dino.ema_update(run.teacher, run.student, now["momentum"])
+    run.watch(step, loss, grad_norm)
+    return loss, grad_norm, student.detach(), teacher, views[0]
+
+
+@torch.no_grad()
+def diagnose(run, student, teacher, view, temp):
+    """What reveals failure, of one micro-batch: loss, teacher entropy and KL(teacher || student) in nats, centre norm,
+    and the mean support of the teacher's last block: the share of attention weights that are not zero."""
+    loss = run.loss(student, teacher, temp)
+    targets = run.loss.targets(teacher, temp)
+    support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
+    spread = dino.entropy(targets)                                  # loss = entropy + KL, pair by pair
+    means = dino.all_mean(torch.stack([loss, spread, loss - spread, support])).tolist()
+    loss, spread, kl, support = means
+    return dict(loss=loss, entropy=spread, kl=kl, support=support, center=run.loss.center.norm().item())
+
+
+def line(r, args, total):
+    """A log record for the eye."""
+    eta = datetime.timedelta(seconds=round(r["eta_s"]))
+    return (f"epoch {r['epoch']:.2f}/{args.epochs}  step {r['step']}/{total}  loss {r['loss']:.3f}  "
+            f"loss/lnK {r['loss_per_log_k']:.3f}  entropy {r['entropy']:.3f}  kl {r['kl']:.3f}  "
+            f"centre {r['center']:.3g}  grad {r['grad_norm']:.3g}  support {r['support']:.3f}  lr {r['lr']:.2e}  "
+            f"wd {r['wd']:.3f}  ema {r['momentum']:.4f}  {r['images_per_s']:.0f} img/s  {r['memory_gib']:.1f} GiB  "
+            f"eta {eta}")
+
+
+def open_data(args):
+    if args.data == "shapes":
+        return Scenes(args.image_size, args.length)
+    if not os.path.isdir(args.data):
+        sys.exit(f"{args.data}: no such folder; --data takes a folder of images, or shapes")
+    return Pictures(list_images(args.data))
+
+
+def train(args, rank, world, device, stop):
+    """The run, from the first line printed to the last checkpoint; `stop` fills with the signals that ask it to end."""
+    is_main, out = rank == 0, Path(args.out)
+
+    # data
+    source = open_data(args)
+    args.images = len(source)
+    if args.images < args.batch_size:
+        way_out = "raise --length" if args.data == "shapes" else f"counted {' '.join(SUFFIXES)} in it and below"
+        sys.exit(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}; {way_out}")
+    per_epoch = args.images // args.batch_size                      # the rest of an epoch is left out, as in DINO
+    total, log_k = args.epochs * per_epoch, math.log(args.out_dim)
+
+    # what is there already
+    resumed = read_resume(out / "checkpoint.pt", args)
+    start = resumed["step"] if resumed else 0
+    log = Log(out, is_main, start)
+    log.say("shapes, embedded; the paper's recipe needs --data DIR" if args.data == "shapes" else
+            f"{args.data}, {args.images:,} images; the paper's recipe where no flag says otherwise")
+    if start == total:
+        log.say(f"{out}: finished, {args.epochs} epochs done; nothing to do. Give another --out to train again")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+
+    # networks, loader
+    run = Run(args, device)
+    if resumed:
+        run.load(resumed)
+        del resumed
+    model, run.saved = run.student, start
+    if world > 1:
+        if dino.all_mean(torch.tensor(float(start), device=device)) != start:
+            sys.exit(f"{out}: not every process finds the same checkpoint.pt; all nodes must share this folder")
+        cuda_ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(run.student, device_ids=cuda_ids, broadcast_buffers=False)
+    multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+    loader = iter(DataLoader(
+        Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),
+        num_workers=args.workers, collate_fn=collate, worker_init_fn=deaf_worker, pin_memory=device.type == "cuda",
+    ))
+    log.record(provenance(args, device, world))
+    log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {total:,} steps of "
+            f"{args.batch_size} images on {world} x {device.type}, peak lr {args.lr * args.batch_size / 256:.3g}, "
+            f"amp {args.amp}, in {out}" + f", going on from step {start:,}" * (start > 0))
+
+    if start == 0:
+        run.save(out, 0, per_epoch, is_main)
+    reads, history, warned = Reads(), collections.deque(maxlen=5), set()
+    loss_sum, since, clock = 0, 0, time.perf_counter()
+
+    for step in range(start, total):
+        batches = [next(loader) for _ in range(args.accum)]
+        reads.add(args.batch_size // world, [name for batch in batches for name in batch[-1]])
+        now = schedules(args, step, per_epoch)
+        loss, grad_norm, *last = train_step(run, model, [batch[:-1] for batch in batches], multicrop, step, rank, now,
+                                            freeze=step < args.freeze_last_layer * per_epoch)
+        # Nothing up to here waits for the device. What follows does, on log lines and before saves.
+        loss_sum, since, done = loss_sum + loss, since + 1, step + 1
+
+        if done % args.log_every == 0 or done in (start + 1, per_epoch, total):
+            bad_files = reads.report(log, epoch_over=done >= start + per_epoch)
+            record = dict(step=done, epoch=done / per_epoch, **diagnose(run, *last, now["temp"]))
+            record["loss"] = dino.all_mean(loss_sum / since).item()         # mean since the last line
+            record["loss_per_log_k"] = record["loss"] / log_k
+            seconds = time.perf_counter() - clock
+            record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=since * args.batch_size / seconds,
+                           memory_gib=memory(device), eta_s=(total - done) * seconds / since, bad_files=bad_files)
+            log.record(record, line(record, args, total))
+            history.append(record)
+            warning = collapse(history, log_k)
+            if warning and warning not in warned:
+                warned.add(warning)
+                log.say(f"warning: {warning}")
+            loss_sum, since, clock = 0, 0, time.perf_counter()
+            run.check(out)
+        due = done % args.save_steps == 0 or done % (args.save_every * per_epoch) == 0 or done == total
+        if due or (stop and is_main):
+            run.save(out, done, per_epoch, is_main)
+        if stop and is_main:                                        # the others go when this process is gone
+            log.say(f"stopped by signal {stop[0]} after step {done}, saved; run the same command again to go on")
+            sys.exit(128 + stop[0])
+
+    log.say(f"done: {out / 'checkpoint.pt'}; next: python probe_linear.py --knn --weights {out / 'checkpoint.pt'}")
+
+
+def memory(device):
+    """Peak GiB of this process: on the device, or resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = setup_distributed()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
+    stop = []
+    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(args, rank, world, device, stop)
+    except RuntimeError:
+        if rank and stop:                                           # the main process saved and left mid-collective
+            sys.exit(128 + stop[0])
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
