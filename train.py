@@ -494,8 +494,8 @@ def collapse(history, log_k):
         return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
                 "--teacher-temp or a lower --lr")
     if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
-        return ("the loss sits at ln K: the teacher is uniform. Try a lower --teacher-temp, a longer --warmup-epochs, "
-                "or --norm-last-layer")
+        return ("the loss sits at ln K: the teacher is uniform. Try a lower --center-momentum or --teacher-temp, a "
+                "longer --warmup-epochs, a lower --lr, or --norm-last-layer")
     return None
 
 
