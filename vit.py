@@ -25,6 +25,7 @@ References
 
 import argparse
 import copy
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -64,10 +65,16 @@ def eval_transform(size):
     ])
 
 
+@functools.cache
+def mean_and_std(device):
+    """(3, 1, 1) each, made once per device: copying them there for every batch would make the host wait for it."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+
 def normalize(images):
     """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
 
 
