@@ -127,7 +127,7 @@ def entropy(p):
 
 
 def all_mean(x):
-    """Mean of a tensor over all processes; the tensor itself where there is one process."""
+    """Mean of a tensor over all processes, in place; the tensor itself where there is one process."""
     if dist.is_initialized():
         dist.all_reduce(x)  # gloo has no ReduceOp.AVG
         x /= dist.get_world_size()

@@ -73,8 +73,7 @@ def load_model(path, args, device):
     """(frozen backbone, facts about the weights for the result)."""
     if path != "random":
         epochs = vit.read_checkpoint(path).get("epoch")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         return vit.load_backbone(path, args.which, device), dict(
             weights=path, weights_sha256=digest, which=args.which, epochs=epochs)
     config = vit.load_backbone(args.like).config if args.like else vit.ViTConfig()
@@ -84,7 +83,7 @@ def load_model(path, args, device):
 
 
 # ------------------------------------------------------------------------------------------- data
-class Scenes:
+class LabelledScenes:
     """The embedded data set as (uint8 image, label): 2,000 train scenes as in train.py's default, 1,000 val scenes."""
 
     def __init__(self, split, size):
@@ -108,7 +107,7 @@ def read_picture(path):
 def open_data(args, size):
     """(train, val) data sets of (uint8 (3, size, size), label), and the number of classes."""
     if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size), len(CLASSES)
+        return LabelledScenes("train", size), LabelledScenes("val", size), len(CLASSES)
     splits = []
     for split in ("train", "val"):
         folder = Path(args.root, split)
@@ -158,11 +157,13 @@ def knn(bank, bank_labels, queries, labels, classes, neighbours=NEIGHBOURS, chun
     return {k: 100 * n / len(queries) for k, n in correct.items()}
 
 
-def evaluate(path, args, device):
-    """k-NN of one file of weights: prints it and writes the result beside the weights."""
+def evaluate(path, args, device, opened):
+    """k-NN of one file of weights: prints it and writes the result beside the weights. `opened`: data sets by size."""
     model, facts = load_model(path, args, device)
     size = model.config.image_size
-    train, val, classes = open_data(args, size)
+    if size not in opened:                                          # listing ImageNet takes minutes: once
+        opened[size] = open_data(args, size)
+    train, val, classes = opened[size]
     start = time.perf_counter()
     top1 = knn(*extract(model, train, args, device), *extract(model, val, args, device), classes)
     print(f"{path}: " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
@@ -186,9 +187,10 @@ def evaluate(path, args, device):
 def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = {}
     for path in args.weights:
         try:
-            evaluate(path, args, device)
+            evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
             sys.exit(str(error).strip().splitlines()[-1])           # a loader process prefixes its traceback
 

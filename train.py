@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ RECIPES = {
     ),
 }
 MODELS = {"tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
+CHECKPOINT = dict(config=dict, student=dict, teacher=dict, student_head=dict, teacher_head=dict, center=torch.Tensor,
+                  optimizer=dict, scaler=dict, step=int, epoch=int, args=dict)
 MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")  # on resume; nothing else
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 # Streams of random numbers. Each draw is a function of its stream and a few integers: nothing random is ever stored.
@@ -169,7 +172,9 @@ def check_args(p, args):
     if args.amp == "fp16" and not torch.cuda.is_available():
         p.error("--amp fp16 needs CUDA; use --amp off or bf16")
     if args.amp is None:
-        args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if torch.cuda.is_available() else "off"
+        args.amp = "off"
+        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
+            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = "shapes"
     if args.data != "shapes":
         args.data = os.path.abspath(args.data)
@@ -183,6 +188,11 @@ def check_args(p, args):
         p.error(str(error))
 
 
+def plain(args):
+    """The arguments as plain types, for checkpoint and log; the config has a place of its own in both."""
+    return {name: value for name, value in vars(args).items() if name != "config"}
+
+
 def model_config(args):
     """ViTConfig of the command line: --arch, then whatever is given by itself."""
     names = ["patch_size", "image_size", "attn", "registers", "specialize", "drop_path", "dim", "depth", "heads"]
@@ -194,9 +204,12 @@ def model_config(args):
 # ------------------------------------------------------------------------------------------- data
 def list_images(root):
     """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not; links count."""
+    def refuse(error):                                              # os.walk alone would pass over it in silence
+        sys.exit(f"{error.filename}: {error.strerror}; make it readable, or move it out of {root}")
+
     root = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
     found, seen = [], set()
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:                                            # a loop of links, or the same folder twice
             below.clear()
@@ -372,7 +385,7 @@ class Run:
             "student_head": self.student.head.state_dict(), "teacher_head": self.teacher.head.state_dict(),
             "center": self.loss.center, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "step": step, "epoch": epoch,
-            "args": {name: value for name, value in vars(self.args).items() if name != "config"},
+            "args": plain(self.args),
         }
 
     def load(self, state):
@@ -383,7 +396,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
-
     def watch(self, step, loss, grad_norm):
         """Note the first bad step, on the device: nothing waits for it here."""
         finite = self.loss.center.sum().isfinite()
@@ -393,9 +405,13 @@ class Run:
 
     def check(self, out):
         """Stop a run whose state is not finite. Every process comes to the same verdict: gradients are shared."""
+        last_good = f"last good: {out / 'checkpoint.pt'}, step {self.saved}"
         if self.bad_step >= 0:
-            sys.exit(f"{out}: loss, gradient or centre is not finite at step {int(self.bad_step)}; last good: "
-                     f"{out / 'checkpoint.pt'}, step {self.saved}. Try --amp off or bf16, a lower --lr or --clip-grad")
+            sys.exit(f"{out}: loss, gradient or centre is not finite at step {int(self.bad_step)}; {last_good}. "
+                     "Try --amp off or bf16, a lower --lr or --clip-grad")
+        if self.args.amp == "fp16" and self.scaler.get_scale() < 1:
+            sys.exit(f"{out}: the fp16 loss scale fell below 1: every step overflows; {last_good}. "
+                     "Try --amp bf16 or off, or a lower --lr")
 
     def save(self, out, step, per_epoch, is_main):
         """checkpoint.pt, and the numbered copy where one is due; never a state that is not finite."""
@@ -429,11 +445,13 @@ def read_resume(path, args):
         return None
     try:
         state = vit.read_checkpoint(path)
-        old = state["args"]
-        state["optimizer"], state["step"]
-    except (ValueError, KeyError) as error:
-        sys.exit(f"{path}: cannot be resumed ({error}); give another --out, or remove the file to start over")
-    new = {name: value for name, value in vars(args).items() if name != "config"}
+    except ValueError as error:
+        cause = str(error).removeprefix(f"{path}: ")
+        sys.exit(f"{path}: cannot be resumed: {cause}; give another --out, or remove the folder to start over")
+    missing = [name for name in CHECKPOINT if not isinstance(state.get(name), CHECKPOINT[name])]
+    if missing:
+        sys.exit(f"{path}: cannot be resumed: it lacks {', '.join(missing)}; give another --out, or remove the folder")
+    old, new = state["args"], plain(args)
     for name in sorted(old.keys() | new.keys()):
         if name not in (*MAY_CHANGE, "images") and old.get(name) != new.get(name):
             flag = "--" + name.replace("_", "-")
@@ -452,16 +470,26 @@ class Log:
     def __init__(self, folder, is_main, step):
         self.path, self.is_main, self.tty = Path(folder) / "log.jsonl", is_main, sys.stdout.isatty()
         if is_main and self.path.exists():                          # drop what a killed run logged after its checkpoint
-            records = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in records if json.loads(line).get("step", 0) <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            kept = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):               # a line that the kill cut short
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + "\n")
+            half = self.path.with_suffix(".tmp")
+            half.write_text("".join(kept))
+            os.replace(half, self.path)
 
     def record(self, record, line=None):
         if self.is_main:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if line:
-                print(f"\r{line}\033[K" if self.tty else line, end="" if self.tty else "\n", flush=True)
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                sys.exit(f"{self.path}: not written: {error}; make room and run the same command again")
+            if line and self.tty:                                   # a line that wraps could not be taken back
+                print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+            elif line:
+                print(line, flush=True)
 
     def say(self, text):
         if self.is_main:
@@ -476,7 +504,7 @@ def provenance(args, device, world):
     except OSError:                                                 # no git on this machine
         commit, dirty = "", False
     return {
-        "args": {name: value for name, value in vars(args).items() if name != "config"},
+        "args": plain(args),
         "config": dataclasses.asdict(args.config), "processes": world,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -505,6 +533,8 @@ def setup_distributed():
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        sys.exit(f"--nproc-per-node: process {device.index} has no GPU, this machine has {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
@@ -612,13 +642,22 @@ def train(args, rank, world, device, stop):
     # what is there already
     resumed = read_resume(out / "checkpoint.pt", args)
     start = resumed["step"] if resumed else 0
+    views = [(start, args.images)] * world
+    if world > 1:
+        dist.all_gather_object(views, (start, args.images))
+    if len(set(views)) > 1:
+        sys.exit(f"{out}: (step of checkpoint.pt, images) differ between processes: {views}; every node must see "
+                 "the same --out and --data")
     log = Log(out, is_main, start)
     log.say("shapes, embedded; the paper's recipe needs --data DIR" if args.data == "shapes" else
             f"{args.data}, {args.images:,} images; the paper's recipe where no flag says otherwise")
     if start == total:
         log.say(f"{out}: finished, {args.epochs} epochs done; nothing to do. Give another --out to train again")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{out}: {error.strerror}; give another --out")
 
     # networks, loader
     run = Run(args, device)
@@ -627,8 +666,6 @@ def train(args, rank, world, device, stop):
         del resumed
     model, run.saved = run.student, start
     if world > 1:
-        if dino.all_mean(torch.tensor(float(start), device=device)) != start:
-            sys.exit(f"{out}: not every process finds the same checkpoint.pt; all nodes must share this folder")
         cuda_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(run.student, device_ids=cuda_ids, broadcast_buffers=False)
     multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
@@ -636,14 +673,15 @@ def train(args, rank, world, device, stop):
         Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),
         num_workers=args.workers, collate_fn=collate, worker_init_fn=deaf_worker, pin_memory=device.type == "cuda",
     ))
-    log.record(provenance(args, device, world))
+    if is_main:
+        log.record(provenance(args, device, world))
     log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {total:,} steps of "
             f"{args.batch_size} images on {world} x {device.type}, peak lr {args.lr * args.batch_size / 256:.3g}, "
             f"amp {args.amp}, in {out}" + f", going on from step {start:,}" * (start > 0))
 
     if start == 0:
         run.save(out, 0, per_epoch, is_main)
-    reads, history, warned = Reads(), collections.deque(maxlen=5), set()
+    reads, history, warned = Reads(), collections.deque(maxlen=5), None
     loss_sum, since, clock = 0, 0, time.perf_counter()
 
     for step in range(start, total):
@@ -666,10 +704,10 @@ def train(args, rank, world, device, stop):
             log.record(record, line(record, args, total))
             history.append(record)
             warning = collapse(history, log_k)
-            if warning and warning not in warned:
-                warned.add(warning)
+            if warning and warning != warned:                       # once for each time it comes up
                 log.say(f"warning: {warning}")
-            loss_sum, since, clock = 0, 0, time.perf_counter()
+            warned = warning
+            loss_sum, since, clock, last = 0, 0, time.perf_counter(), None
             run.check(out)
         due = done % args.save_steps == 0 or done % (args.save_every * per_epoch) == 0 or done == total
         if due or (stop and is_main):
@@ -691,22 +729,33 @@ def memory(device):
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = setup_distributed()
-    if device.type == "cuda":
+    if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
     stop = []
-    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        stop.append(number)
+        if len(stop) > 2:                                           # somebody means it: leave without saving
+            sys.exit(128 + number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(args, rank, world, device, stop)
+        if world > 1:                                               # after an error its peers may sit in a collective
+            dist.destroy_process_group()
     except RuntimeError:
         if rank and stop:                                           # the main process saved and left mid-collective
             sys.exit(128 + stop[0])
         raise
+    except SystemExit as error:
+        if isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)):
+            sys.exit(1)                                             # one process of each node says why
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if rank == 0 and sys.stdout.isatty():
+            print()                                                 # leave the progress line
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Attention(nn.Module):
         """(B, H, T, T) float32: the weights that `attend` multiplies with v, which it never hands out."""
         q, k, _ = self.project(x)
         with torch.autocast(x.device.type, enabled=False):          # bfloat16 scores would blur the zeros of entmax
-            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+            scores = (q.float() * q.size(-1) ** -0.5) @ k.float().transpose(-2, -1)      # as in entmax15_attention
             return self.weigh(scores, dim=-1)
 
 
@@ -377,6 +377,11 @@ def load_backbone(path, which="teacher", device="cpu"):
         raise ValueError(f"{path}: holds no {which} weights; it holds "
                          + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
 
+    if not isinstance(weights[which], dict):
+        raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
+    odd = [key for key, value in weights[which].items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise ValueError(f"{path}: not a ViT of the DINO family: {listed(odd)} should be tensors")
     state = {str(key).removeprefix("module."): value for key, value in weights[which].items()}     # DDP's prefix
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}

@@ -132,7 +132,7 @@ def test_optimizer_and_student_are_the_published_ones():
     assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
-TABLE = [                       # PROTOCOL 1.1: B = 1024, 200 epochs of 1,251 steps; with half a unit of the last digit
+TABLE = [                       # B = 1024, 200 epochs of 1,251 steps; with half a unit of the last digit
     (0, 0, 0, 0.04, 0, 0.996, 0),
     (1, 1.5988e-7, 5e-12, 0.04, 1e-9, 0.996, 1e-9),
     (1251, 2.00016e-4, 5e-10, 0.0400222, 5e-8, 0.9960002467, 5e-11),
@@ -162,7 +162,7 @@ def test_schedules_equal_the_arrays_of_the_original():
 
     lr, wd, momentum = array(2e-3, 1e-6, warm), array(0.04, 0.4, 0), array(0.996, 1, 0)
     temp = np.r_[np.linspace(0.04, 0.07, 30), np.full(170, 0.07)]
-    assert temp[1] == pytest.approx(0.041034, abs=5e-7)             # the literal of PROTOCOL
+    assert temp[1] == pytest.approx(0.041034, abs=5e-7)             # linspace(0.04, 0.07, 30)[1]
     steps = [*range(0, total, 997), *range(12_500, 12_520), 30 * 1251 - 1, 30 * 1251, total - 1]
     got = [train.schedules(args, step, 1251) for step in steps]
     np.testing.assert_allclose([now["lr"] for now in got], lr[steps], rtol=1e-9, atol=1e-18)
@@ -200,7 +200,7 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze):
-    """PROTOCOL 1.6 and 1.7 as loops over views, pairs and parameters; returns the loss and the new centre."""
+    """Caron et al.'s algorithm as loops over views, pairs and parameters; returns the loss and the new centre."""
     with torch.no_grad():
         raw = [teacher([view])[0] for view in views[:2]]
         targets = [F.softmax((t - center) / temp, -1) for t in raw]
@@ -225,7 +225,7 @@ def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp,
 
 
 def test_three_steps_equal_the_algorithm_written_as_loops():
-    args = train.parse_args([*TINY, "--registers", "2", "--specialize"])
+    args = train.parse_args([*TINY, "--registers", "2", "--specialize", "--center-momentum", "0.9"])
     cpu = torch.device("cpu")
     ours, plain = train.Run(args, cpu), train.Run(args, cpu)
     start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
@@ -496,6 +496,21 @@ def test_changed_flag_is_refused_with_both_values(uninterrupted, capsys, flags, 
 
 def test_flags_that_decide_no_number_may_change(uninterrupted):
     train.main([*LONG, "--out", str(uninterrupted), *"--workers 3 --log-every 7 --save-every 2 --save-steps 9".split()])
+
+
+def test_a_log_line_cut_short_does_not_stop_a_resume(tmp_path):
+    run(tmp_path)
+    log, state = tmp_path / "log.jsonl", load(tmp_path / "checkpoint.pt")
+    whole = log.read_text()
+    log.write_text(whole + '{"args": {"versions": {}}')             # ends in a brace, and is no JSON
+    train.Log(tmp_path, True, state["step"])
+    assert log.read_text() == whole
+
+
+def test_an_out_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    status, message = exits([*TINY, "--out", tmp_path / "file" / "run"])
+    assert status == 1 and message.startswith(f"{tmp_path / 'file' / 'run'}: ") and "--out" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
