@@ -339,7 +339,7 @@ def read_checkpoint(path):
 def infer_config(state):
     """ViTConfig of a bare state dict. Shapes do not tell the attention: foreign weights are taken as softmax."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
-    missing = [key for key in needed if key not in state]
+    missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
     if missing:
         raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}")
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
@@ -379,9 +379,6 @@ def load_backbone(path, which="teacher", device="cpu"):
 
     if not isinstance(weights[which], dict):
         raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
-    odd = [key for key, value in weights[which].items() if not isinstance(value, torch.Tensor)]
-    if odd:
-        raise ValueError(f"{path}: not a ViT of the DINO family: {listed(odd)} should be tensors")
     state = {str(key).removeprefix("module."): value for key, value in weights[which].items()}     # DDP's prefix
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
@@ -393,11 +390,13 @@ def load_backbone(path, which="teacher", device="cpu"):
     with torch.device("meta"):                                      # no initialisation: slow, and draws random numbers
         model = VisionTransformer(config).requires_grad_(False).eval()
     expected = model.state_dict()
+    shared = [key for key in expected if key in state]
     misfits = {
         "missing": [key for key in expected if key not in state],
         "unexpected": [key for key in state if key not in expected],
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
-                             for key in expected if key in state and state[key].shape != expected[key].shape],
+        "no tensor": [key for key in shared if not isinstance(state[key], torch.Tensor)],
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in shared
+                             if isinstance(state[key], torch.Tensor) and state[key].shape != expected[key].shape],
     }
     if any(misfits.values()):
         raise ValueError(f"{path}: the weights do not fit the model: "
