@@ -49,8 +49,7 @@ RECIPES = {
         teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30,
         save_every=20, save_steps=500, log_every=50, workers=10,
     ),
-    # Small and short enough that two of Caron et al.'s values do not carry over: the centre must catch up before the
-    # learning rate does (0.9 and a long warm-up elsewhere), or all images get one output and the teacher is uniform.
+    # In so short a run the centre must catch up before the learning rate does, or all images get nearly one output.
     "shapes": dict(
         dim=64, depth=4, heads=2, patch_size=8, image_size=64, local_size=32, local_crops=2, drop_path=0.0,
         epochs=24, batch_size=32, lr=8e-3, min_lr=1e-6, warmup_epochs=2, weight_decay=0.04, weight_decay_end=0.1,
