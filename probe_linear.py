@@ -1,89 +1,121 @@
-"""k-NN top-1 of frozen [CLS] features, the quickest sign that a backbone has learnt something. No training, no knobs.
+"""Linear probe: top-1 of a linear classifier on the frozen [CLS]; and weighted k-NN, which has nothing to train.
 
-    python probe_linear.py --knn --weights runs/shapes_entmax15_s0/checkpoint.pt
-    python probe_linear.py --knn --weights random --like runs/shapes_entmax15_s0/checkpoint.pt         the control
-    python probe_linear.py --knn --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
+    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                  add --knn for k-NN alone
+    python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt    the untrained control
+    python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
 
-DINO's weighted vote (Caron et al. 2021, app. F; Wu et al. 2018): the k train images of highest cosine similarity s
-vote for their class with weight exp(s / 0.07). The last line printed is the result as JSON, also written to --out.
+Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CLS] of the last block after the final
+norm, 12,500 iterations of 1,024 random-resized crops, SGD, 13 learning rates side by side, best final top-1.
+k-NN: DINO's weighted vote (Caron et al. 2021, app. F; Wu et al. 2018): the k train images of highest cosine similarity
+s vote for their class with weight exp(s / 0.07).
+The last line printed is the result as JSON, also written to --out; an interrupted probe goes on where it was saved.
 
-    N images, D width, C classes
+    B images, D width, C classes, S head seeds, L learning rates
 """
 
 import argparse
 import dataclasses
-import hashlib
+import datetime
 import json
+import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import vit
 from shapes import CLASSES, Shapes
 
+# What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it in seconds.
+RECIPES = {
+    "imagenet": dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100),
+    "folder": dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100),
+    "shapes": dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200),
+}
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)     # per 256 images
 NEIGHBOURS = (10, 20, 100, 200)                                     # 20 is the headline, as in DINO
 TEMPERATURE = 0.07
 TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
 EXPECTED = {"imagenet": {"train": 1_281_167, "val": 50_000}}
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+ORDER, CROP = range(2)                                              # streams of random numbers
 
 
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
+
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--knn", action="store_true", required=True, help="k-NN")
+    p.add_argument("--knn", action="store_true", help="k-NN only")
     # weights
     p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
     # data
-    p.add_argument("--data", choices=["shapes", "imagenet", "folder"], default="shapes", help="folder: any classes")
-    p.add_argument("--root", help="folder that holds train/ and val/, each with a folder per class")
+    p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
+    p.add_argument("--root", help=f"folder that holds {TREE}")
     p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds")
+    # heads
+    p.add_argument("--iters", type=int, help="iterations; the cosine schedule scales with them")
+    p.add_argument("--batch-size", type=int, help="images per iteration")
+    p.add_argument("--micro-batch", type=int, default=256, help="images per forward")
+    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
     # run
-    p.add_argument("--batch-size", type=int, default=256, help="images per forward")
-    p.add_argument("--workers", type=int, default=min(10, os.cpu_count()), help="loader processes")
-    p.add_argument("--seed", type=int, default=0, help="of --weights random")
-    p.add_argument("--out", help="result file; default <weights without .pt>.knn.<data>.json")
+    p.add_argument("--seed", type=int, default=0, help="of heads, crops and order of images; of --weights random")
+    p.add_argument("--amp", choices=list(PRECISION), help="of the frozen forward; default bf16 on CUDA, off on CPU")
+    p.add_argument("--workers", type=int, help="loader processes")
+    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
+    p.add_argument("--log-every", type=int, help="iterations between progress lines")
+    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
+                   "prediction, into <out without .json>.png")
+    p.add_argument("--out", help="result file; default <weights without .pt>.linear.<data>.json; k-NN's: .knn for "
+                   ".linear, or .knn.json in place of .json")
+    p.set_defaults(**recipe)
     args = p.parse_args(argv)
-    if (args.root is None) != (args.data == "shapes"):
-        p.error(f"--data {args.data} needs --root, a folder with {TREE}" if args.root is None else
-                "--data shapes takes no --root; its scenes are embedded")
-    args.weights = [file for weights in args.weights for file in
-                    (sorted(map(str, Path(weights).glob("checkpoint_*.pt"))) or [weights])]
-    if args.like and args.weights != ["random"]:
-        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    if args.out and len(args.weights) > 1:
-        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    for name in ("batch_size", "workers", "seed"):
-        if getattr(args, name) < (name == "batch_size"):
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    check_args(p, args)
     return args
 
 
-# ------------------------------------------------------------------------------------------- weights
-def load_model(path, args, device):
-    """(frozen backbone, facts about the weights for the result)."""
-    if path != "random":
-        epochs = vit.read_checkpoint(path).get("epoch")
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        return vit.load_backbone(path, args.which, device), dict(
-            weights=path, weights_sha256=digest, which=args.which, epochs=epochs)
-    config = vit.load_backbone(args.like).config if args.like else vit.ViTConfig()
-    torch.manual_seed(args.seed)
-    model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
-    return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error(f"--data {args.data} needs --root, a folder with {TREE}" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    if args.like and args.weights != ["random"]:
+        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
+    for name in "iters batch_size micro_batch seeds workers seed save_every log_every save_images".split():
+        least = name not in ("workers", "seed", "save_images")
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
+    try:
+        args.weights = vit.list_checkpoints(args.weights)
+    except OSError as error:
+        sys.exit(str(error))
+    if args.out and len(args.weights) > 1:
+        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
+    if args.amp is None:
+        args.amp = "off"
+        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
+            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.micro_batch = min(args.micro_batch, args.batch_size)
 
 
 # ------------------------------------------------------------------------------------------- data
-class LabelledScenes:
+class Scenes:
     """The embedded data set as (uint8 image, label): 2,000 train scenes as in train.py's default, 1,000 val scenes."""
 
     def __init__(self, split, size):
@@ -104,10 +136,47 @@ def read_picture(path):
         raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
 
 
+class Crops:
+    """Random-resized crop (8 to 100 % of the area) and flip of a train image, a function of (seed, epoch, index)."""
+
+    def __init__(self, images, size, seed):
+        self.samples, self.seed = images.samples, seed
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ])
+
+    def __getitem__(self, key):
+        path, label = self.samples[key[1]]
+        with torch.random.fork_rng(devices=[]):                     # torchvision draws from torch's global generator
+            torch.manual_seed(int(np.random.default_rng((CROP, self.seed, *key)).integers(2**63)))
+            return self.transform(read_picture(path)), label
+
+
+class Draws:
+    """Batch sampler: micro-batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
+
+    def __init__(self, n, args, start):
+        self.n, self.args, self.start = n, args, start
+
+    def __iter__(self):
+        size, epoch = self.args.batch_size, None
+        for t in range(self.start, self.args.iters):
+            keys = []
+            for position in range(t * size, (t + 1) * size):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    order = np.random.default_rng((ORDER, self.args.seed, epoch)).permutation(self.n).tolist()
+                keys.append((epoch, order[position % self.n]))
+            for i in range(0, size, self.args.micro_batch):
+                yield keys[i:i + self.args.micro_batch]
+
+
 def open_data(args, size):
-    """(train, val) data sets of (uint8 (3, size, size), label), and the number of classes."""
+    """(train, val) data sets of (uint8 (3, size, size), label), and the names of the classes."""
     if args.data == "shapes":
-        return LabelledScenes("train", size), LabelledScenes("val", size), len(CLASSES)
+        return Scenes("train", size), Scenes("val", size), CLASSES
     splits = []
     for split in ("train", "val"):
         folder = Path(args.root, split)
@@ -125,20 +194,116 @@ def open_data(args, size):
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes")
-    return train, val, len(train.classes)
+    return train, val, train.classes
 
 
-@torch.inference_mode()
+# ------------------------------------------------------------------------------------------- frozen features
+@torch.no_grad()                                                    # inference tensors could not enter a backward
+def frozen(model, images, args):
+    """(B, D) float32 [CLS] after the final norm of uint8 images (B, 3, S, S)."""
+    with torch.autocast(images.device.type, PRECISION[args.amp], enabled=args.amp != "off"):
+        return model(vit.normalize(images)).float()
+
+
 def extract(model, images, args, device):
-    """(N, D) float32 unit-length [CLS] features and (N,) labels, in the order of the data set."""
-    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    """(N, D) float32 [CLS] features and (N,) labels, in the order of the data set."""
     features, labels = [], []
-    for x, y in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            cls = model(vit.normalize(x.to(device)))
-        features.append(F.normalize(cls.float(), dim=-1))
+    for x, y in DataLoader(images, args.micro_batch, num_workers=args.workers):
+        features.append(frozen(model, x.to(device), args))
         labels.append(y.to(device))
     return torch.cat(features), torch.cat(labels)
+
+
+def batches(model, train, args, device, start):
+    """([CLS] (b, D), labels (b,)) of the micro-batches from iteration `start` on. `train`: images, or (features,
+    labels) of all of them where there is no augmentation."""
+    if isinstance(train, tuple):
+        for keys in Draws(len(train[0]), args, start):
+            i = torch.tensor([i for _, i in keys], device=device)
+            yield train[0][i], train[1][i]
+        return
+    crops = Crops(train, model.config.image_size, args.seed)
+    for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
+                           pin_memory=device.type == "cuda"):
+        yield frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------- heads
+class Heads(nn.Module):
+    """S x L linear classifiers in one matrix. The L of a seed start equal; seed k of a probe is the only one of a
+    probe with --seed k."""
+
+    def __init__(self, dim, classes, seeds):
+        super().__init__()
+        draws = [0.01 * torch.randn(1, classes, dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.weight = nn.Parameter(torch.stack(draws).repeat(1, len(RATES), 1, 1))      # (S, L, C, D)
+        self.bias = nn.Parameter(torch.zeros(len(seeds), len(RATES), classes))
+
+    def forward(self, x):                                           # (B, D)
+        logits = F.linear(x, self.weight.flatten(0, 2), self.bias.flatten())
+        return logits.unflatten(1, self.bias.shape)                 # (B, S, L, C)
+
+    def losses(self, x, labels):
+        """(S, L) cross-entropies, each the mean over the images."""
+        logits = self(x)
+        per_image = F.cross_entropy(logits.flatten(0, 2), labels.repeat_interleave(logits[0, ..., 0].numel()),
+                                    reduction="none")
+        return per_image.view(logits.shape[:3]).mean(0)
+
+    @torch.no_grad()
+    def predict(self, x, chunk=1024):
+        """(N, S, L) classes; -1, which is never right, from a head that diverged."""
+        finite = self.weight.isfinite().flatten(2).all(2) & self.bias.isfinite().all(2)
+        return torch.cat([torch.where(finite, self(part).argmax(-1), -1) for part in x.split(chunk)])
+
+
+def train_heads(model, train, classes, args, device, file, stamp):
+    """The heads after --iters iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
+    heads = Heads(model.config.dim, classes, range(args.seed, args.seed + args.seeds)).to(device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    start = resume(file, stamp, heads, optimizer)
+    # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
+    rates = torch.tensor(RATES, device=device) * args.batch_size / 256
+    stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
+    for t in range(start, args.iters):
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * t / args.iters))
+        for _ in range(math.ceil(args.batch_size / args.micro_batch)):
+            x, y = next(stream)
+            losses = heads.losses(x, y) * (len(y) / args.batch_size)
+            (losses * rates).sum().backward()
+            total = total + losses.detach().mean(0)        # (L,), over the iterations since the last line
+        optimizer.step(); optimizer.zero_grad()
+
+        done = t + 1
+        if done % args.log_every == 0 or done == args.iters:
+            loss = (total / (done - max(start, t // args.log_every * args.log_every))).nan_to_num(math.inf).min()
+            left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
+            print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
+                  f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+            total = 0
+        if done % args.save_every == 0 or done == args.iters:
+            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+                                            optimizer=optimizer.state_dict()))
+    return heads
+
+
+def resume(file, stamp, heads, optimizer):
+    """Iterations done: 0 without a file. Heads of other settings are refused while unfinished, else overwritten."""
+    if not Path(file).exists():
+        return 0
+    state = vit.read_checkpoint(file)
+    old = state.get("stamp", {})
+    differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+    if differing and state["iteration"] < old["iters"]:
+        name = differing[0]
+        raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                         "with the old value, remove the file, or give another --out")
+    if differing:
+        return 0
+    heads.load_state_dict(state["heads"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"{file}: going on from iteration {state['iteration']:,}")
+    return state["iteration"]
 
 
 # ------------------------------------------------------------------------------------------- k-NN
@@ -157,31 +322,105 @@ def knn(bank, bank_labels, queries, labels, classes, neighbours=NEIGHBOURS, chun
     return {k: 100 * n / len(queries) for k, n in correct.items()}
 
 
+# ------------------------------------------------------------------------------------------- results
+def mean_sd(values):
+    """(mean, sample standard deviation or None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def show(values):
+    mean, sd = mean_sd(values)
+    return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") + " %"
+
+
+def write_result(out, result):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    half = out.with_name(out.name + ".tmp")
+    half.write_text(json.dumps(result) + "\n")
+    os.replace(half, out)
+    print(json.dumps(result), flush=True)
+
+
+def grid_metrics(heads, features, labels, args):
+    """Prints top-1 of every learning rate; the best of each head seed is the result (the paper: best final top-1)."""
+    right = heads.predict(features) == labels[:, None, None]        # (N, S, L)
+    top1 = (100 * right.double().mean(0)).T.tolist()                # L lists of S
+    print("learning rate  effective  top-1, final" + f", mean ± sd of {args.seeds} head seeds" * (args.seeds > 1))
+    grid = []
+    for rate, values in zip(RATES, top1, strict=True):
+        grid.append(dict(lr=rate, effective=rate * args.batch_size / 256, top1=values))
+        print(f"{rate:13.0e}  {grid[-1]['effective']:9.2e}  {show(values)}")
+    best = [max(values) for values in zip(*top1, strict=True)]      # per seed
+    mean, sd = mean_sd(best)
+    return dict(top1=mean, top1_sd=sd, top1_seeds=best, grid=grid)
+
+
+def draw_images(file, images, names, predicted):
+    """The first images with their label, and in red what was predicted where that is wrong."""
+    tile, line, columns = 144, 34, min(6, len(predicted))
+    sheet = Image.new("RGB", (columns * tile, math.ceil(len(predicted) / columns) * (tile + line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, guess in enumerate(predicted):
+        pixels, label = images[i]
+        x, y = i % columns * tile, i // columns * (tile + line)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        sheet.paste(picture.resize((tile - 4, tile - 4), Image.Resampling.BICUBIC), (x + 2, y))
+        pen.text((x + 4, y + tile - 2), names[label][:22], "black")
+        if guess != label:
+            pen.text((x + 4, y + tile + 12), f"not {names[guess][:18]}", "red")
+    sheet.save(file)
+    print(f"{file}: {len(predicted)} val images with label and, where it is wrong, prediction")
+
+
 def evaluate(path, args, device, opened):
-    """k-NN of one file of weights: prints it and writes the result beside the weights. `opened`: data sets by size."""
-    model, facts = load_model(path, args, device)
+    """Both probes of one file of weights: prints them and writes the results beside it. `opened`: data sets by size."""
+    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
     size = model.config.image_size
     if size not in opened:                                          # listing ImageNet takes minutes: once
         opened[size] = open_data(args, size)
-    train, val, classes = opened[size]
-    start = time.perf_counter()
-    top1 = knn(*extract(model, train, args, device), *extract(model, val, args, device), classes)
-    print(f"{path}: " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
-          + f"; chance {100 / classes:.1f} %; {time.perf_counter() - start:.0f} s")
-
-    result = dict(
-        probe="knn", data=args.data, **facts, config=dataclasses.asdict(model.config), seed=args.seed,
-        metrics=dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}),
-        protocol=dict(probe="knn", data=args.data, train=len(train), val=len(val), classes=classes, size=size,
-                      partial=args.allow_partial, neighbours=NEIGHBOURS, temperature=TEMPERATURE,
-                      feature="[CLS], final norm", precision="bf16" if device.type == "cuda" else "fp32"),
-    )
-    default = (f"runs/random/knn.{args.data}.s{args.seed}.json" if path == "random" else
-               f"{path.removesuffix('.pt')}.knn.{args.data}.json")
+    train, val, names = opened[size]
+    default = (f"runs/random/linear.{args.data}.s{args.seed}.json" if path == "random" else
+               f"{path.removesuffix('.pt')}.linear.{args.data}.json")
     out = Path(args.out or default)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    knn_out = (out if args.knn else out.with_suffix(".knn.json")) if args.out else Path(
+        "knn".join(default.rsplit("linear", 1)))
+    shared = dict(data=args.data, train=len(train), val=len(val), classes=len(names), size=size,
+                  partial=args.allow_partial, feature="[CLS], last block, final norm", precision=args.amp)
+    start = time.perf_counter()
+    bank = extract(model, train, args, device) if args.knn or args.data == "shapes" else None
+    if not args.knn:
+        protocol = dict(
+            probe="linear", **shared, iters=args.iters, batch_size=args.batch_size, seeds=args.seeds, rates=RATES,
+            optimizer="SGD, momentum 0.9, cosine to 0, rates x batch / 256", reported="best rate, last iteration",
+            augmentation="none" if bank else "random-resized 0.08-1, flip 0.5",
+        )
+        stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
+                     config=dataclasses.asdict(model.config))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        heads = train_heads(model, bank or train, len(names), args, device, out.with_suffix(".head.pt"), stamp)
+    bank = bank or extract(model, train, args, device)              # last: an interrupted training wants it not at all
+    queries = extract(model, val, args, device)
+
+    top1 = knn(F.normalize(bank[0]), bank[1], F.normalize(queries[0]), queries[1], len(names))
+    print(f"{path}: k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
+          + f"; chance {100 / len(names):.1f} %; {time.perf_counter() - start:.0f} s")
+    facts.update(config=dataclasses.asdict(model.config), seed=args.seed)
+    write_result(knn_out, dict(
+        probe="knn", data=args.data, **facts,
+        metrics=dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}),
+        protocol=dict(probe="knn", **shared, neighbours=NEIGHBOURS, temperature=TEMPERATURE),
+    ))
+    if args.knn:
+        return
+    metrics = grid_metrics(heads, *queries, args)
+    print(f"{path}: linear {show(metrics['top1_seeds'])}, best rate; chance {100 / len(names):.1f} %; "
+          + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
+          + f"{time.perf_counter() - start:.0f} s")
+    if args.save_images:
+        rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
+        guesses = heads.predict(queries[0][:args.save_images])[:, 0, rate].tolist()
+        draw_images(out.with_suffix(".png"), val, names, guesses)
+    write_result(out, dict(probe="linear", data=args.data, **facts, metrics=metrics, protocol=protocol))
 
 
 def main(argv=None):

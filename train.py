@@ -416,26 +416,16 @@ class Run:
         """checkpoint.pt, and the numbered copy where one is due; never a state that is not finite."""
         self.check(out)
         self.saved, (epochs, rest) = step, divmod(step, per_epoch)
-        if is_main:
-            state = self.state(step, epochs)
+        if not is_main:
+            return
+        state = self.state(step, epochs)
+        try:
             if rest == 0 and (epochs % self.args.save_every == 0 or epochs == self.args.epochs):
                 weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
-                save_checkpoint(out / f"checkpoint_{epochs:04d}.pt", weights)      # first: a kill in between repeats it
-            save_checkpoint(out / "checkpoint.pt", state)
-
-
-def save_checkpoint(path, state):
-    """Whole or not at all: a killed job or a full disk leaves the file that was there."""
-    half = Path(f"{path}.tmp")
-    try:
-        with half.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
-        half.unlink(missing_ok=True)
-        sys.exit(f"{path}: not written: {error}; what was there is untouched; make room and run the same command again")
+                vit.write_checkpoint(out / f"checkpoint_{epochs:04d}.pt", weights)    # first: a kill here repeats it
+            vit.write_checkpoint(out / "checkpoint.pt", state)
+        except OSError as error:
+            sys.exit(str(error))
 
 
 def read_resume(path, args):

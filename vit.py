@@ -26,7 +26,9 @@ References
 import argparse
 import copy
 import functools
+import hashlib
 import math
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,12 @@ def normalize(images):
     """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
     mean, std = mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
+
+
+def pad_to_patches(images, patch):
+    """Zeros, the mean colour, around normalised images (..., h, w) up to whole patches; an odd one right or below."""
+    height, width = -images.shape[-2] % patch, -images.shape[-1] % patch
+    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,3 +411,45 @@ def load_backbone(path, which="teacher", device="cpu"):
                          + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys))
     model.to_empty(device=device).load_state_dict(state)
     return model
+
+
+def write_checkpoint(path, content):
+    """Whole or not at all: a killed job or a full disk leaves the file that was there. OSError says what to do."""
+    half = Path(f"{path}.tmp")
+    try:
+        with half.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
+        half.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
+                      "again") from error
+
+
+def list_checkpoints(weights):
+    """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
+    files = []
+    for name in weights:
+        numbered = sorted(map(str, Path(name).glob("checkpoint_[0-9][0-9][0-9][0-9].pt")))
+        if Path(name).is_dir() and not numbered:
+            raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
+        files += numbered or [name]
+    return files
+
+
+def open_weights(path, which="teacher", like=None, seed=0, device="cpu"):
+    """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
+
+    "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
+    ViT-S/16 without it.
+    """
+    if path == "random":
+        config = load_backbone(like).config if like else ViTConfig()
+        torch.manual_seed(seed)
+        model = VisionTransformer(config).to(device).eval().requires_grad_(False)
+        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
+    model = load_backbone(path, which, device)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))

@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -655,3 +656,19 @@ def test_normalize_by_hand():
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
         torch.testing.assert_close(got[:, :, channel].double(), (image[:, :, channel].double() / 255 - mean) / std,
                                    atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pt"
+    vit.write_checkpoint(path, {"step": 1})
+    old = path.read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=re.escape(f"{path}: not written: {error}")):
+        vit.write_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]
