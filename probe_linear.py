@@ -400,6 +400,8 @@ def evaluate(path, args, device, opened):
         heads = train_heads(model, bank or train, len(names), args, device, out.with_suffix(".head.pt"), stamp)
     bank = bank or extract(model, train, args, device)              # last: an interrupted training wants it not at all
     queries = extract(model, val, args, device)
+    if not (bank[0].isfinite().all() and queries[0].isfinite().all()):
+        raise ValueError(f"{path}: its features are not finite; the weights are damaged, or --amp {args.amp} overflows")
 
     top1 = knn(F.normalize(bank[0]), bank[1], F.normalize(queries[0]), queries[1], len(names))
     print(f"{path}: k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -46,6 +47,10 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(probe_linear, "Shapes", lambda split, size, length: shapes.Shapes(split, size, length // 25))
 
 
+def options(*argv, knn=False):
+    return probe_linear.parse_args([*["--knn"] * knn, *map(str, argv)])
+
+
 def draw(root, classes=(("blue", 4, 2), ("green", 4, 3), ("red", 4, 2)), noise=80):
     """root/{train,val}/<class>/*.png: noise over a colour, of odd sizes."""
     rng = np.random.default_rng(0)
@@ -69,7 +74,7 @@ def result(capsys, file):
 def exits(capsys, *argv):
     """(exit status, the line that says why); a str code is what sys.exit prints before status 1."""
     with pytest.raises(SystemExit) as stop:
-        probe_linear.main(["--knn", *map(str, argv)])
+        probe_linear.main([*map(str, argv)])
     code = stop.value.code
     return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err.splitlines()[-1])
 
@@ -190,22 +195,22 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_which_names_the_network(checkpoint, which):
-    args = probe_linear.parse_args(["--knn", "--weights", checkpoint, "--which", which])
-    model, _ = probe_linear.load_model(checkpoint, args, torch.device("cpu"))
+    model, facts = vit.open_weights(checkpoint, which)
     expected = torch.load(checkpoint, weights_only=True)[which]
+    assert facts["which"] == which and facts["epochs"] == 3
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_features_equal_the_extraction_by_hand(tmp_path, checkpoint):
     root = draw(tmp_path / "pictures")
     model = vit.load_backbone(checkpoint)
-    args = probe_linear.parse_args(["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(root),
-                                    "--workers", "1", "--batch-size", "5"])
+    args = options("--weights", checkpoint, "--data", "folder", "--root", root, "--workers", "1", "--batch-size", "5")
     train, val, classes = probe_linear.open_data(args, 32)
     for images, split in ((train, "train"), (val, "val")):
         ours = probe_linear.extract(model, images, args, torch.device("cpu"))
         by_hand = features_by_hand(model, root, split)
-        torch.testing.assert_close(ours[0], by_hand[0], rtol=0, atol=2e-3)      # Pillow's resize rounds to 8 bits
+        ours_unit = ours[0] / ours[0].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(ours_unit, by_hand[0], rtol=0, atol=2e-3)    # Pillow's resize rounds to 8 bits
         assert torch.equal(ours[1], by_hand[1])
 
 
@@ -222,16 +227,15 @@ def test_shapes_end_to_end(few_scenes, checkpoint, capsys, tmp_path):
 
 
 def test_shapes_default_to_two_thousand_and_one_thousand():
-    args = probe_linear.parse_args(["--knn", "--weights", "random"])
-    train, val, classes = probe_linear.open_data(args, 32)
-    assert (len(train), len(val), classes) == (2000, 1000, 10)
+    train, val, classes = probe_linear.open_data(options("--weights", "random"), 32)
+    assert (len(train), len(val), classes) == (2000, 1000, shapes.CLASSES)
 
 
 def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes, checkpoint, capsys, tmp_path):
-    device, models = torch.device("cpu"), {}
+    models = {}
     for seed in "0", "1":
-        args = probe_linear.parse_args(["--knn", "--weights", "random", "--like", checkpoint, "--seed", seed])
-        (models[seed], facts), (again, _) = (probe_linear.load_model("random", args, device) for _ in range(2))
+        (models[seed], facts), (again, _) = (
+            vit.open_weights("random", like=checkpoint, seed=int(seed)) for _ in range(2))
         assert models[seed].config == CONFIG and not models[seed].training
         assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0)
         assert all(torch.equal(a, b) for a, b in zip(models[seed].parameters(), again.parameters(), strict=True))
@@ -244,9 +248,7 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
 
 
 def test_random_without_like_is_vit_s16():
-    args = probe_linear.parse_args(["--knn", "--weights", "random"])
-    model, _ = probe_linear.load_model("random", args, torch.device("cpu"))
-    assert model.config == vit.ViTConfig()
+    assert vit.open_weights("random")[0].config == vit.ViTConfig()
 
 
 def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, capsys):
@@ -262,6 +264,226 @@ def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, ca
     assert [json.loads(file.read_text()) for file in files] == lines
 
 
+# ---- the linear probe -----------------------------------------------------------------------------------------------
+
+def cloud(n, dim, classes, noise, seed=0):
+    """(features (n, dim), labels): class means with noise."""
+    y = classes_of(n, classes, seed)
+    return torch.eye(classes, dim)[y] + noise * unit(n, dim, seed=seed), y
+
+
+def train(images, tmp_path, *argv, classes=5, stamp=None, name="x.head.pt"):
+    """Heads on given features (N, D) and labels, from 8 images an iteration on unless told."""
+    args = options("--weights", "random", "--batch-size", 8, "--iters", 12, "--save-every", 4, *argv)
+    model = argparse.Namespace(config=argparse.Namespace(dim=images[0].shape[1]))
+    return probe_linear.train_heads(model, images, classes, args, torch.device("cpu"), tmp_path / name,
+                                    stamp or dict(iters=args.iters))
+
+
+def test_heads_equal_separate_torch_classifiers(tmp_path):
+    """Each of the 2 x 13 against nn.Linear with its own SGD and CosineAnnealingLR on the same batches."""
+    x, y = cloud(40, 6, 5, 1.0)
+    heads = train((x, y), tmp_path, "--seeds", 2, "--seed", 3, "--batch-size", 64)     # effective rate = rate / 4
+    args = options("--weights", "random", "--seed", 3, "--batch-size", 64, "--iters", 12)
+    draws = list(probe_linear.Draws(40, args, 0))
+    for s, seed in enumerate((3, 4)):
+        start = 0.01 * torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(seed))[0]
+        for r, rate in enumerate(probe_linear.RATES):
+            layer = torch.nn.Linear(6, 5)
+            layer.weight.data.copy_(start), layer.bias.data.zero_()
+            sgd = torch.optim.SGD(layer.parameters(), lr=rate / 4, momentum=0.9)
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 12)
+            for keys in draws:
+                i = torch.tensor([i for _, i in keys])
+                sgd.zero_grad()
+                torch.nn.functional.cross_entropy(layer(x[i]), y[i]).backward()
+                sgd.step(), cosine.step()
+            torch.testing.assert_close(heads.weight[s, r], layer.weight, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(heads.bias[s, r], layer.bias, rtol=1e-5, atol=1e-7)
+    assert len(set(heads.weight[0, :, 0, 0].tolist())) == 13
+
+
+def test_a_head_does_not_depend_on_the_others():
+    together = probe_linear.Heads(6, 5, range(2, 5)).weight
+    for s, seed in enumerate((2, 3, 4)):
+        assert torch.equal(together[s], probe_linear.Heads(6, 5, [seed]).weight[0])
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("micro", [1, 5, 7])
+def test_micro_batches_change_nothing_but_rounding(tmp_path, micro):
+    images = cloud(40, 6, 5, 1.0)
+    whole = train(images, tmp_path, "--batch-size", 12, name="a.head.pt")
+    parts = train(images, tmp_path, "--batch-size", 12, "--micro-batch", micro, name="b.head.pt")
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-5, atol=1e-7)
+
+
+def best_top1(heads, x, y):
+    return max(100 * (heads.predict(x)[:, 0, rate] == y).double().mean().item() for rate in range(13))
+
+
+def test_planted_features_reach_a_hundred_percent_and_shuffled_labels_chance(tmp_path):
+    x, y = cloud(500, 16, 5, 0.3)
+    test_x, test_y = cloud(1000, 16, 5, 0.3, seed=1)
+    flags = "--iters", 400, "--batch-size", 256
+    assert best_top1(train((x, y), tmp_path, *flags), test_x, test_y) == 100
+    shuffled = y[torch.randperm(500, generator=torch.Generator().manual_seed(3))]
+    heads = train((unit(500, 16), shuffled), tmp_path, *flags, name="b.head.pt")
+    assert 14 < best_top1(heads, unit(1000, 16, seed=1), test_y) < 26                   # 13 draws of 20 +- 1.3
+
+
+def test_a_head_that_diverged_is_never_right(tmp_path):
+    heads = train(cloud(40, 6, 5, 1.0), tmp_path)
+    heads.weight.data[0, 12, 3, 0] = math.nan
+    classes = heads.predict(unit(9, 6))
+    assert (classes[:, 0, 12] == -1).all() and (classes[:, 0, :12] >= 0).all()
+
+
+def test_draws_shuffle_every_epoch_and_can_start_anywhere():
+    args = options("--weights", "random", "--batch-size", 10, "--micro-batch", 4, "--iters", 9)
+    batches = list(probe_linear.Draws(30, args, 0))
+    assert [len(b) for b in batches] == [4, 4, 2] * 9
+    keys = [key for b in batches for key in b]
+    for epoch in range(3):
+        part = keys[30 * epoch:30 * epoch + 30]
+        assert sorted(part) == [(epoch, i) for i in range(30)]
+    assert len({tuple(i for _, i in keys[30 * e:30 * e + 30]) for e in range(3)}) == 3
+    assert list(probe_linear.Draws(30, args, 4)) == batches[12:]
+    other = list(probe_linear.Draws(30, options("--weights", "random", "--batch-size", 10, "--seed", 1), 0))
+    assert other[0][:4] != batches[0]
+    assert [e for e, _ in sum(probe_linear.Draws(4, args, 0), [])][:10] == [0] * 4 + [1] * 4 + [2] * 2   # batch > data
+
+
+def test_crops_are_random_resized_flipped_half_the_time_and_a_function_of_the_key(tmp_path):
+    """On a picture whose red is x and green is y, a crop tells where it lay."""
+    x, y = np.meshgrid(np.arange(200), np.arange(200))
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8)).save(tmp_path / "a/0.png")
+    images = argparse.Namespace(samples=[(str(tmp_path / "a/0.png"), 7)])
+    crops = probe_linear.Crops(images, 16, seed=0)
+    areas, ratios, flips = [], [], 0
+    for epoch in range(300):
+        crop, label = crops[epoch, 0]
+        assert label == 7 and crop.shape == (3, 16, 16) and crop.dtype == torch.uint8
+        red, green = crop[0].double().mean(0), crop[1].double().mean(1)
+        width, height = abs(red[-1] - red[0]) * 16 / 15, (green[-1] - green[0]) * 16 / 15
+        flips += int(red[-1] < red[0])
+        areas.append(width * height / 200**2), ratios.append(width / height)
+    assert 0.07 < min(areas) < 0.12 and 0.85 < max(areas) < 1.03 and 0.45 < np.mean(areas) < 0.6
+    assert 0.68 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.45
+    assert 150 - 35 < flips < 150 + 35                              # four standard deviations
+    state = torch.random.get_rng_state()
+    assert torch.equal(crops[5, 0][0], crops[5, 0][0])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(crops[5, 0][0], probe_linear.Crops(images, 16, seed=1)[5, 0][0])
+
+
+LINEAR = "--iters 6 --batch-size 8 --micro-batch 3 --seeds 2 --save-every 2 --workers 0".split()
+
+
+def test_linear_end_to_end(tmp_path, checkpoint, capsys):
+    root = draw(tmp_path / "pictures")
+    before = Path(checkpoint).read_bytes()
+    probe_linear.main(["--weights", checkpoint, "--data", "folder", "--root", str(root), *LINEAR, "--save-images", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    nearest, linear = (json.loads(line) for line in lines if line.startswith("{"))
+    assert lines[-1].startswith("{") and set(linear) == KEYS
+    assert (linear["probe"], nearest["probe"]) == ("linear", "knn")
+    assert json.loads((tmp_path / "tiny.linear.folder.json").read_text()) == linear
+    assert json.loads((tmp_path / "tiny.knn.folder.json").read_text()) == nearest
+    grid = linear["metrics"]["grid"]
+    assert [row["lr"] for row in grid] == list(probe_linear.RATES)
+    assert [row["effective"] for row in grid] == pytest.approx([rate / 32 for rate in probe_linear.RATES])
+
+    model = vit.load_backbone(checkpoint)                           # top-1 of the saved heads, one picture at a time
+    heads = torch.load(tmp_path / "tiny.linear.folder.head.pt", weights_only=True)["heads"]
+    right = torch.zeros(2, 13)
+    _, val, _ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
+    for image, label in val:
+        cls = model(vit.normalize(image)[None])[0]
+        for s in range(2):
+            for r in range(13):
+                right[s, r] += (heads["weight"][s, r] @ cls + heads["bias"][s, r]).argmax() == label
+    top1 = 100 * right.double() / len(val)
+    assert [row["top1"] for row in grid] == [pytest.approx(column) for column in top1.T.tolist()]
+    best = top1.max(1).values.tolist()
+    assert linear["metrics"]["top1_seeds"] == pytest.approx(best)
+    assert linear["metrics"]["top1"] == pytest.approx(sum(best) / 2)
+    assert linear["metrics"]["top1_sd"] == pytest.approx(abs(best[0] - best[1]) / math.sqrt(2))
+    assert linear["protocol"]["iters"] == 6 and linear["protocol"]["batch_size"] == 8
+    assert Image.open(tmp_path / "tiny.linear.folder.png").size == (5 * 144, 178)
+    assert Path(checkpoint).read_bytes() == before
+
+
+def test_out_names_the_linear_result_and_knn_lies_beside_it(few_scenes, checkpoint, capsys, tmp_path):
+    probe_linear.main(["--weights", checkpoint, *LINEAR, "--out", "here/x.json"])
+    assert result(capsys, tmp_path / "here/x.json")["probe"] == "linear"
+    assert json.loads((tmp_path / "here/x.knn.json").read_text())["probe"] == "knn"
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(saves, monkeypatch):
+    """From now on the save after so many raises Killed, when it has written."""
+    write, left = vit.write_checkpoint, [saves]
+
+    def kill(path, content):
+        write(path, content)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    monkeypatch.setattr(vit, "write_checkpoint", kill)
+
+
+@pytest.mark.parametrize("data", ["shapes", "folder"])
+def test_resumed_is_bit_equal_and_finished_is_not_trained_again(few_scenes, checkpoint, capsys, tmp_path, data):
+    root = draw(tmp_path / "pictures")
+    flags = ["--weights", checkpoint, "--data", data, *LINEAR] + ["--root", str(root)] * (data == "folder")
+    probe_linear.main([*flags, "--out", "whole.json"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(2, patch)
+        probe_linear.main([*flags, "--out", "parts.json"])
+    assert not Path("parts.json").exists() and torch.load("parts.head.pt", weights_only=True)["iteration"] == 4
+    probe_linear.main([*flags, "--out", "parts.json", "--workers", "1"])
+    assert "going on from iteration 4" in capsys.readouterr().out
+    whole, parts = (torch.load(name, weights_only=True) for name in ("whole.head.pt", "parts.head.pt"))
+    assert all(torch.equal(whole["heads"][key], parts["heads"][key]) for key in whole["heads"])
+    assert Path("whole.json").read_text() == Path("parts.json").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_linear, "Draws", None)                  # whatever would train, fails
+        Path("parts.json").unlink()
+        probe_linear.main([*flags, "--out", "parts.json"])
+    assert Path("whole.json").read_text() == Path("parts.json").read_text()
+
+
+def test_unfinished_heads_of_other_settings_are_refused_and_finished_ones_replaced(few_scenes, checkpoint, capsys):
+    flags = ["--weights", checkpoint, *LINEAR, "--out", "x.json"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        probe_linear.main(flags)
+    before = Path("x.head.pt").read_bytes()
+    status, line = exits(capsys, *flags, "--seeds", "1")
+    assert status == 1 and "x.head.pt: holds unfinished heads with seeds 2, now 1" in line and "remove the file" in line
+    status, line = exits(capsys, *flags, "--weights", save("other.pt", seed=9))
+    assert status == 1 and "weights_sha256" in line
+    assert Path("x.head.pt").read_bytes() == before
+    probe_linear.main(flags)
+    probe_linear.main([*flags, "--seeds", "1"])
+    assert len(torch.load("x.head.pt", weights_only=True)["heads"]["weight"]) == 1
+
+
+def test_features_that_are_not_finite_are_refused(few_scenes, checkpoint, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["teacher"]["norm.weight"][0] = math.nan
+    torch.save(state, checkpoint)
+    status, line = exits(capsys, "--weights", checkpoint, "--knn")
+    assert status == 1 and f"{checkpoint}: its features are not finite" in line
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
@@ -272,6 +494,10 @@ def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, ca
     ("--weights a.pt b.pt --out c.json", "--out names one file"),
     ("--weights random --batch-size 0", "--batch-size 0"),
     ("--weights random --workers -1", "--workers -1"),
+    ("--weights random --iters 0", "--iters 0: must be at least 1"),
+    ("--weights random --seeds 0", "--seeds 0: must be at least 1"),
+    ("--weights random --micro-batch 0", "--micro-batch 0: must be at least 1"),
+    ("--weights random --save-images -1", "--save-images -1: must be at least 0"),
     ("--weights random --seed -1", "--seed -1"),
     ("", "required: --weights"),
 ])
@@ -298,6 +524,7 @@ def cut_short(root):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+@pytest.mark.parametrize("knn", [True, False])
 @pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("break_it, data, message", [
     (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
@@ -306,10 +533,11 @@ def cut_short(root):
     (cut_short, "folder", "val/green/1.png: unreadable"),
     (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"),
 ])
-def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, break_it, data, message, workers):
+def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, break_it, data, message, workers, knn):
     root = draw(tmp_path / "pictures")
     break_it(root)
-    status, line = exits(capsys, "--weights", checkpoint, "--data", data, "--root", root, "--workers", workers)
+    status, line = exits(capsys, "--weights", checkpoint, "--data", data, "--root", root, "--workers", workers,
+                         "--iters", 1, "--batch-size", 4, *["--knn"] * knn)
     assert status == 1 and "\n" not in line
     assert re.search(message, line), line
     assert not list(tmp_path.glob("*.json"))
