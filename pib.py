@@ -1,0 +1,329 @@
+"""Point-in-box: does the patch most like [CLS] lie on the object? And other signs of semantic diffusion (Fig. 2a).
+
+    python pib.py --weights runs/shapes_entmax15_s0                                  every numbered checkpoint of a run
+    python pib.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt      the untrained control
+    python pib.py --weights dino_deitsmall16_pretrain.pth --data folder --root ILSVRC2012/val --boxes ILSVRC2012/bbox
+
+PiB is the share of images whose patch of highest cosine similarity to [CLS] overlaps the box of the object, for every
+block: its output through the model's final norm (--raw: without). Kept are images with one object whose box covers less
+than 25 % of the picture, as in LaSt-ViT, from which the paper takes the measure. Registers are no candidates.
+
+From the same forward, per block: attention support (non-zero weights of a row, per head), attention mass from patches
+to [CLS] and to registers, share of high-norm patches (> 5 x the median of their image, before the norm), mean cosine
+of [CLS] with the patches inside and outside the box. The last line printed for each file is its result as JSON, also
+written to --out.
+
+    B images, T tokens = 1 + R + N, H heads, h x w grid of patches
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import vit
+from shapes import Shapes
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+HIGH = 5                                                            # times the median norm
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # weights
+    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
+                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
+    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
+    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    # data
+    p.add_argument("--data", choices=["shapes", "folder"], default="shapes", help="folder: pictures with VOC-style XML")
+    p.add_argument("--root", help="folder of pictures, at any depth")
+    p.add_argument("--boxes", help="folder of <picture's name>.xml, at any depth; default --root")
+    p.add_argument("--max-area", type=float, default=0.25, help="keep images whose largest box covers less; a share")
+    p.add_argument("--all-objects", action="store_true", help="keep images of several objects too; any box is a hit")
+    # measure
+    p.add_argument("--raw", action="store_true", help="block outputs without the final norm")
+    # run
+    p.add_argument("--batch-size", type=int, default=64, help="images per forward")
+    p.add_argument("--seed", type=int, default=0, help="of --weights random")
+    p.add_argument("--amp", choices=list(PRECISION), default="off", help="of the forward; bf16 blurs small differences")
+    p.add_argument("--workers", type=int, help="loader processes; default 0 for shapes, else up to 10")
+    p.add_argument("--out", help="result file; default <weights without .pt>.pib.<data>.json")
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error("--data folder needs --root, a folder of pictures" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    if args.boxes and args.data == "shapes":
+        p.error("--data shapes takes no --boxes; its scenes bring them")
+    if args.like and args.weights != ["random"]:
+        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
+    if not 0 < args.max_area <= 1:
+        p.error(f"--max-area {args.max_area}: a share of the picture, above 0 and at most 1")
+    for name in "batch_size seed".split():
+        least = int(name == "batch_size")
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.workers is None:
+        args.workers = 0 if args.data == "shapes" else min(10, os.cpu_count())
+    if args.workers < 0:
+        p.error(f"--workers {args.workers}: must be at least 0")
+    args.boxes = args.boxes or args.root
+    try:
+        args.weights = vit.list_checkpoints(args.weights)
+    except OSError as error:
+        sys.exit(str(error))
+    if args.out and len(args.weights) > 1:
+        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
+
+
+# ------------------------------------------------------------------------------------------- boxes
+def overlap(boxes, grid, patch):
+    """(grid, grid) bool: patches whose area any of the half-open pixel boxes (x0, y0, x1, y1) overlaps."""
+    start = torch.arange(grid, dtype=torch.float64) * patch         # patch i covers [start_i, start_i + patch)
+    hit = torch.zeros(grid, grid, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        columns, rows = ((low < start + patch) & (high > start) for low, high in ((x0, x1), (y0, y1)))
+        hit |= rows[:, None] & columns
+    return hit
+
+
+def through_eval_transform(box, width, height, size):
+    """A box of a width x height picture in pixels of its vit.eval_transform(size); it may lie partly or all outside."""
+    short = round(size * 256 / 224)
+    scale = short / min(width, height)
+    # what torchvision's Resize and CenterCrop really do with the two sides
+    left, top = (round((int(short * side / min(width, height)) - size) / 2) for side in (width, height))
+    x0, y0, x1, y1 = (scale * value for value in box)
+    return x0 - left, y0 - top, x1 - left, y1 - top
+
+
+def read_boxes(path):
+    """((width, height), [(xmin, ymin, xmax, ymax), ...]) of a VOC-style XML, coordinates as they are."""
+    try:
+        tree = ElementTree.parse(path)
+        size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
+        boxes = [tuple(float(box.find(corner).text) for corner in ("xmin", "ymin", "xmax", "ymax"))
+                 for box in tree.iter("bndbox")]
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no VOC-style boxes ({error}); it must hold size/width, size/height and "
+                         "object/bndbox/xmin, ymin, xmax, ymax as numbers") from error
+    return size, boxes
+
+
+# ------------------------------------------------------------------------------------------- data
+class Scenes:
+    """(uint8 image, overlapped patches) of the embedded val scenes whose box is small enough."""
+
+    def __init__(self, config, args):
+        self.scenes, self.config = Shapes("val", config.image_size, 1000), config
+        self.kept = []
+        for i in range(len(self.scenes)):
+            x0, y0, x1, y1 = self.scenes[i]["box"].tolist()
+            if (x1 - x0) * (y1 - y0) < args.max_area * config.image_size**2:
+                self.kept.append(i)
+        self.summary = f"{len(self.scenes):,} scenes, kept {len(self.kept):,} (box below {args.max_area:.0%})"
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, i):
+        scene = self.scenes[self.kept[i]]
+        patch = self.config.patch_size
+        return scene["image"], overlap([scene["box"].tolist()], self.config.image_size // patch, patch)
+
+
+class Pictures:
+    """(uint8 image, overlapped patches) of the pictures below --root that have a small enough box below --boxes."""
+
+    def __init__(self, config, args):
+        self.config, self.transform = config, vit.eval_transform(config.image_size)
+        pictures = by_stem(args.root, SUFFIXES)
+        xmls = by_stem(args.boxes, (".xml",))
+        pairs = sorted(pictures.keys() & xmls.keys())
+        if not pairs:
+            sys.exit(f"{args.boxes}: {len(xmls):,} .xml files and none is named like one of the {len(pictures):,} "
+                     f"pictures below {args.root}; --boxes must hold <name of a picture>.xml")
+        self.items, several, large, odd = [], 0, 0, 0
+        for stem in pairs:
+            (width, height), boxes = read_boxes(xmls[stem])
+            if len(boxes) != 1 and not (args.all_objects and boxes):
+                several += 1
+            elif max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) >= args.max_area * width * height:
+                large += 1
+            elif picture_size(pictures[stem]) != (width, height):   # its boxes belong to some other picture
+                odd += 1
+            else:
+                self.items.append((pictures[stem], boxes, (width, height)))
+        self.summary = (f"{len(pictures):,} pictures, {len(pairs):,} with boxes, kept {len(self.items):,}; left out "
+                        f"{several:,} with {'no' if args.all_objects else 'not exactly one'} object, {large:,} with a "
+                        f"box of {args.max_area:.0%} or more, {odd:,} of another size than their XML states")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, boxes, (width, height) = self.items[i]
+        size, patch = self.config.image_size, self.config.patch_size
+        mapped = [through_eval_transform(box, width, height, size) for box in boxes]
+        try:
+            return self.transform(vit.read_image(path)), overlap(mapped, size // patch, patch)
+        except Exception as error:                                  # Pillow's own messages mostly lack the name
+            raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+def by_stem(folder, suffixes):
+    """{file name without suffix: path} of all such files below a folder."""
+    if not os.path.isdir(folder):
+        sys.exit(f"{folder}: no such folder")
+    found = {}
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes:
+                path = os.path.join(directory, name)
+                if stem in found:
+                    sys.exit(f"{path} and {found[stem]}: two files of one name; pictures and boxes are paired by it")
+                found[stem] = path
+    return found
+
+
+def picture_size(path):
+    try:
+        with Image.open(path) as image:                             # the header only
+            return image.size
+    except Exception as error:
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+# ------------------------------------------------------------------------------------------- the measure
+def point_in_box(similarity, inside):
+    """(B,) bool: the largest of the (B, h, w) similarities, the first of equals, lies in the (B, h, w) boxes."""
+    top = similarity.flatten(1).argmax(1, keepdim=True)
+    return inside.flatten(1).gather(1, top)[:, 0]
+
+
+def mean_where(values, mask):
+    """(B,) means of (B, h, w) values over a (B, h, w) mask; NaN where it is empty."""
+    return (values * mask).sum((1, 2)) / mask.sum((1, 2))
+
+
+def block_signs(weights, x, model, inside, raw):
+    """What one block shows of each image: dict of (B,) float tensors, and support (B, H). x (B, T, D) is its output."""
+    R = model.config.registers
+    y = x if raw else vit.route(x, model.norm, model.norm_cls)
+    cosine = F.cosine_similarity(y[:, :1], y[:, 1 + R:], dim=-1).view(inside.shape)         # (B, h, w)
+    norms = x[:, 1 + R:].norm(dim=-1)                               # (B, N), before the norm, which would level them
+    from_patches = weights[:, :, 1 + R:].mean((1, 2))               # (B, T): over heads and patches
+    return dict(
+        pib=point_in_box(cosine, inside).float(),
+        cos_inside=mean_where(cosine, inside), cos_outside=mean_where(cosine, ~inside),
+        to_cls=from_patches[:, 0], to_registers=from_patches[:, 1:1 + R].sum(1),
+        high_norm=(norms > HIGH * norms.median(1, keepdim=True).values).float().mean(1),
+        support=(weights > 0).float().sum(-1).mean(-1),
+    )
+
+
+@torch.inference_mode()
+def measure(model, images, args, device):
+    """(dict of (depth, ...) means over images, dict of counts) in one forward per batch."""
+    signs, overlapped, finite = [{} for _ in model.blocks], [], True
+    for x, inside in DataLoader(images, args.batch_size, num_workers=args.workers):
+        overlapped.append(inside.flatten(1).sum(1))
+        x, inside = x.to(device), inside.to(device)
+        with torch.autocast(device.type, PRECISION[args.amp], enabled=args.amp != "off"):
+            x = model.embed(vit.normalize(x))
+            for block, seen in zip(model.blocks, signs, strict=True):
+                weights = block.attn.weights(vit.route(x, block.norm1, block.norm1_cls))
+                x = block(x)
+                for name, values in block_signs(weights, x.float(), model, inside, args.raw).items():
+                    seen.setdefault(name, []).append(values.double().cpu())
+            finite &= bool(x.isfinite().all())
+    if not finite:
+        raise ValueError("its features are not finite; the weights are damaged")
+    means = {name: torch.stack([torch.cat(seen[name]).nanmean(0) for seen in signs]) for name in signs[0]}
+    overlapped = torch.cat(overlapped)
+    patches = inside[0].numel()
+    return means, dict(chance=100 * overlapped.double().mean().item() / patches, n=len(overlapped),
+                       missed=int((overlapped == 0).sum()), tokens=weights.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------- results
+def write_result(out, result):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    half = out.with_name(out.name + ".tmp")
+    half.write_text(json.dumps(result) + "\n")
+    os.replace(half, out)
+    print(json.dumps(result), flush=True)
+
+
+def print_table(path, means, counts, heads):
+    print(f"{path}: n {counts['n']:,}, {counts['missed']} boxes miss the crop, chance {counts['chance']:.1f} %")
+    print(f"block  PiB %  cosine inside  outside  high-norm %  patches attend to [CLS] %  to registers %  "
+          f"support of {counts['tokens']} tokens, by head")
+    for b in range(len(means["pib"])):
+        row = {name: values[b] for name, values in means.items()}
+        print(f"{b + 1:5}  {100 * row['pib']:5.1f}  {row['cos_inside']:13.3f}  {row['cos_outside']:7.3f}  "
+              f"{100 * row['high_norm']:11.2f}  {100 * row['to_cls']:25.2f}  {100 * row['to_registers']:14.2f}  "
+              + " ".join(f"{value:.1f}" for value in row["support"]))
+
+
+def evaluate(path, args, device, opened):
+    """PiB of one file of weights: prints it and writes the result beside the weights. `opened`: data by grid."""
+    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    grid = model.config.image_size, model.config.patch_size
+    if grid not in opened:
+        opened[grid] = (Scenes if args.data == "shapes" else Pictures)(model.config, args)
+        print(f"{args.data}: {opened[grid].summary}", flush=True)
+    images = opened[grid]
+    if not len(images):
+        raise ValueError(f"{args.root or args.data}: no image is left; raise --max-area or give --all-objects")
+    means, counts = measure(model, images, args, device)
+    print_table(path, means, counts, model.config.heads)
+    percent = ("pib", "to_cls", "to_registers", "high_norm")
+    metrics = {name: (values * 100 if name in percent else values).tolist() for name, values in means.items()}
+    for name in ("cos_inside", "cos_outside"):                      # NaN, which is no JSON: every patch on one side
+        metrics[name] = [None if math.isnan(value) else value for value in metrics[name]]
+    result = dict(
+        probe="pib", data=args.data, **facts, config=dataclasses.asdict(model.config), seed=args.seed,
+        metrics=dict(metrics, **counts),
+        protocol=dict(probe="pib", data=args.data, n=len(images), size=grid[0], max_area=args.max_area,
+                      all_objects=args.all_objects, norm="none" if args.raw else "final norm on every block",
+                      hit="patch area overlaps the box", precision=args.amp),
+    )
+    default = (f"runs/random/pib.{args.data}.s{args.seed}.json" if path == "random" else
+               f"{path.removesuffix('.pt')}.pib.{args.data}.json")
+    write_result(Path(args.out or default), result)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = {}
+    for path in args.weights:
+        try:
+            evaluate(path, args, device, opened)
+        except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
+            line = str(error).strip().splitlines()[-1]              # a loader process prefixes its traceback
+            sys.exit(line if ": " in line else f"{path}: {line}")
+
+
+if __name__ == "__main__":
+    main()

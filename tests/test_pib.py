@@ -1,0 +1,349 @@
+import dataclasses
+import hashlib
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pib
+import vit
+from pib import overlap, point_in_box, through_eval_transform
+
+CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,
+                       specialize=True)
+KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(path, seed=7, epoch=3):
+    """A checkpoint with the keys that a probe reads; norms and registers are away from their initial values."""
+    torch.manual_seed(seed)
+    model = vit.VisionTransformer(CONFIG).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    state = model.state_dict()
+    torch.save(dict(config=dataclasses.asdict(CONFIG), teacher=state, student=state, epoch=epoch), path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save(tmp_path / "tiny.pt")
+
+
+def voc(path, size, *boxes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = "xmin", "ymin", "xmax", "ymax"
+    corners = ["".join(f"<{name}>{v}</{name}>" for name, v in zip(names, box, strict=True)) for box in boxes]
+    objects = "".join(f"<object><name>n</name><bndbox>{box}</bndbox></object>" for box in corners)
+    path.write_text(f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>")
+
+
+def picture(path, size, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures at different depths: 0 and 1 are kept by default, then two objects, none, a large box, no XML."""
+    root, boxes = tmp_path / "val", tmp_path / "xml"
+    for i, size in enumerate([(60, 40), (40, 70), (50, 50), (50, 50), (50, 50), (50, 50)]):
+        picture(root / f"n{i % 2}" / f"im{i}.png", size, "L" if i == 1 else "RGB")
+    voc(boxes / "im0.xml", (60, 40), (20, 10, 35, 22))
+    voc(boxes / "deep/im1.xml", (40, 70), (0, 0, 10, 10))           # above the centre crop: missed
+    voc(boxes / "im2.xml", (50, 50), (5, 5, 15, 15), (30, 30, 45, 45))
+    voc(boxes / "im3.xml", (50, 50))
+    voc(boxes / "im4.xml", (50, 50), (10, 10, 35, 35))              # 25 %, which is not below
+    voc(boxes / "stray.xml", (50, 50), (1, 1, 2, 2))
+    return "--data", "folder", "--root", str(root), "--boxes", str(boxes), "--workers", "0"
+
+
+def run(capsys, *argv):
+    pib.main([*map(str, argv)])
+    lines = capsys.readouterr().out.splitlines()
+    return json.loads(lines[-1]), lines
+
+
+def exits(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        pib.main([*map(str, argv)])
+    code = stop.value.code
+    return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err.splitlines()[-1])
+
+
+# ---- boxes ----------------------------------------------------------------------------------------------------------
+
+def test_worked_example():
+    """A 500 x 375 picture and the box (100, 80, 250, 200) at 224: columns 0 to 7, rows 2 to 7."""
+    box = through_eval_transform((100, 80, 250, 200), 500, 375, 224)
+    assert box == pytest.approx((10.27, 38.61, 112.67, 120.53), abs=0.005)
+    expected = torch.zeros(14, 14, dtype=torch.bool)
+    expected[2:8, 0:8] = True
+    assert torch.equal(overlap([box], 14, 16), expected) and expected.sum() == 48
+
+
+def overlap_by_hand(box, width, height, size, patch):
+    """Every patch against the box in exact fractions: do two half-open rectangles share area?"""
+    short = round(size * 256 / 224)
+    scale = Fraction(short, min(width, height))
+    offset = []
+    for side in (width, height):
+        resized = short * side // min(width, height)
+        offset.append(round(Fraction(resized - size, 2)))
+    x0, x1 = (scale * Fraction(v) - offset[0] for v in (box[0], box[2]))
+    y0, y1 = (scale * Fraction(v) - offset[1] for v in (box[1], box[3]))
+    n = size // patch
+
+    def shares(low, high, i):
+        return min(high, (i + 1) * patch) > max(low, i * patch)
+
+    return torch.tensor([[shares(x0, x1, c) and shares(y0, y1, r) for c in range(n)] for r in range(n)])
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (375, 500), (1600, 300), (90, 700), (224, 224), (256, 256)])
+def test_boxes_match_exact_arithmetic(width, height):
+    rng, seen = np.random.default_rng(width), 0
+    for _ in range(60):
+        x, y = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (width, height))
+        if rng.random() < 0.3:                                      # tiny
+            x, y = [x[0], x[0] + 1], [y[0], y[0] + 1]
+        box = [int(x[0]), int(y[0]), int(x[1]), int(y[1])]
+        for size, patch in ((224, 16), (64, 8)):
+            expected = overlap_by_hand(box, width, height, size, patch)
+            got = overlap([through_eval_transform(box, width, height, size)], size // patch, patch)
+            assert torch.equal(got, expected), (box, size)
+            seen += bool(expected.any())
+    assert seen > 20
+
+
+def test_boxes_lie_where_the_eval_transform_puts_them():
+    """A white rectangle through the real transform; Resize rounds the long side, so edges may be 1 pixel off."""
+    for width, height, box in [(500, 375, (120, 90, 260, 200)), (300, 640, (30, 220, 200, 400)),
+                               (1000, 400, (420, 30, 600, 300))]:
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[box[1]:box[3], box[0]:box[2]] = 255
+        white = vit.eval_transform(224)(Image.fromarray(pixels))[0] > 127
+        rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
+        x0, y0, x1, y1 = through_eval_transform(box, width, height, 224)
+        seen = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        assert np.abs(np.array(seen) - np.clip((x0, y0, x1, y1), 0, 224)).max() <= 1
+
+
+def test_edges_are_half_open_and_boxes_outside_hit_nothing():
+    def cells(*box):
+        return overlap([box], 4, 8).nonzero().tolist()
+
+    assert cells(8, 8, 16, 16) == [[1, 1]]                          # ends where the next patch begins
+    assert cells(7.5, 8, 16.5, 16) == [[1, 0], [1, 1], [1, 2]]
+    assert cells(3, 3, 3.1, 3.1) == [[0, 0]]
+    for outside in [(-9, 0, 0, 32), (32, 0, 40, 32), (0, -5, 32, 0), (0, 32, 32, 99), (-20, -20, -10, -10)]:
+        assert cells(*outside) == []
+    assert len(cells(-100, -100, 100, 100)) == 16
+    two = overlap([(0, 0, 1, 1), (31, 31, 32, 32)], 4, 8)
+    assert two.nonzero().tolist() == [[0, 0], [3, 3]]
+
+
+# ---- the measure ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def some_boxes():
+    rng = np.random.default_rng(4)
+    maps = []
+    for _ in range(50):
+        x0, y0 = rng.integers(0, 100, 2)
+        maps.append(overlap([(x0, y0, x0 + rng.integers(5, 80), y0 + rng.integers(5, 80))], 8, 16))
+    return torch.stack(maps)
+
+
+def test_a_perfect_map_gives_a_hundred_percent(some_boxes):
+    assert point_in_box(some_boxes.float(), some_boxes).all()
+    assert not point_in_box(-some_boxes.float(), some_boxes).any()
+
+
+def test_random_maps_give_chance(some_boxes):
+    maps = torch.rand(200, 50, 8, 8, generator=torch.Generator().manual_seed(0))
+    draws = torch.stack([point_in_box(scores, some_boxes).double().mean() for scores in maps])
+    chance = some_boxes.double().mean()
+    assert abs(draws.mean() - chance) < 2 * draws.std() / math.sqrt(200)
+
+
+def test_a_corner_map_gives_what_the_boxes_say(some_boxes):
+    corner = torch.zeros(50, 8, 8)
+    corner[:, 0, 0] = 1
+    assert torch.equal(point_in_box(corner, some_boxes), some_boxes[:, 0, 0])
+    assert 0 < some_boxes[:, 0, 0].sum() < 50
+
+
+def test_the_first_of_equals_counts(some_boxes):
+    assert torch.equal(point_in_box(torch.zeros(50, 8, 8), some_boxes), some_boxes[:, 0, 0])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_every_sign_equals_plain_loops(checkpoint, folder, raw):
+    """One image and block at a time, from the model's public features and attention."""
+    args = pib.parse_args(["--weights", checkpoint, *folder, "--max-area", "1", "--batch-size", "2"] + ["--raw"] * raw)
+    model = vit.load_backbone(checkpoint)
+    images = pib.Pictures(CONFIG, args)
+    assert len(images) == 3
+    means, counts = pib.measure(model, images, args, torch.device("cpu"))
+    for b in range(3):
+        seen = {name: [] for name in means}
+        for image, inside in images:
+            x = vit.normalize(image)[None]
+            f, before = model.features(x, [b], norm=not raw)[0], model.features(x, [b], norm=False)[0]
+            cls, cosines = f.cls[0], torch.zeros(4, 4)
+            for r in range(4):
+                for c in range(4):
+                    patch = f.patches[0, r, c]
+                    cosines[r, c] = (patch @ cls) / (patch.norm() * cls.norm())
+            r, c = divmod(int(cosines.argmax()), 4)
+            seen["pib"].append(float(inside[r, c]))
+            seen["cos_inside"].append(cosines[inside].mean().item())    # nan for the box that the crop misses
+            seen["cos_outside"].append(cosines[~inside].mean().item())
+            lengths = [patch.norm().item() for patch in before.patches[0].reshape(16, -1)]
+            median = sorted(lengths)[7]                             # the lower one, as torch's
+            seen["high_norm"].append(sum(length > 5 * median for length in lengths) / 16)
+            weights = model.attention(x, b)[0]                      # (H, T, T), T = 1 + 2 + 16
+            seen["to_cls"].append(weights[:, 3:, 0].mean().item())
+            seen["to_registers"].append((weights[:, 3:, 1] + weights[:, 3:, 2]).mean().item())
+            seen["support"].append([np.count_nonzero(head.numpy()) / 19 for head in weights])
+        for name, values in seen.items():
+            expected = np.nanmean(np.array(values), 0)
+            np.testing.assert_allclose(means[name][b].numpy(), expected, rtol=1e-4, atol=1e-6, err_msg=f"{name} {b}")
+    assert 3 < means["support"].min() < 19                          # sparse, so that counting zeros is tested
+    assert counts["n"] == 3 and counts["missed"] == 1 and counts["tokens"] == 19
+
+
+def test_high_norm_patches_are_counted():
+    model = vit.VisionTransformer(CONFIG)
+    x = torch.ones(2, 19, 24)
+    x[0, 5] *= 5.1; x[0, 7] *= 4.9; x[0, 0] *= 9; x[0, 1] *= 9     # [CLS] and registers are no patches
+    inside = torch.zeros(2, 4, 4, dtype=torch.bool)
+    signs = pib.block_signs(torch.rand(2, 2, 19, 19), x, model, inside, raw=True)
+    assert signs["high_norm"].tolist() == [1 / 16, 0]
+
+
+# ---- end to end -----------------------------------------------------------------------------------------------------
+
+def test_folder_end_to_end(tmp_path, checkpoint, folder, capsys):
+    r, lines = run(capsys, "--weights", checkpoint, *folder)
+    assert "6 pictures, 5 with boxes, kept 2; left out 2 with not exactly one object, 1 with a box of 25%" in lines[0]
+    assert json.loads((tmp_path / "tiny.pib.folder.json").read_text()) == r
+    assert set(r) == KEYS and r["probe"] == "pib" and r["epochs"] == 3
+    assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    m = r["metrics"]
+    assert m["n"] == 2 and m["missed"] == 1 and len(m["pib"]) == 3 and set(m["pib"]) <= {0.0, 50.0}
+    covered = overlap_by_hand((20, 10, 35, 22), 60, 40, 32, 8).sum().item()
+    assert m["chance"] == pytest.approx(100 * covered / 16 / 2)
+    assert r["protocol"]["max_area"] == 0.25 and r["protocol"]["all_objects"] is False
+    assert json.loads(json.dumps(r), parse_constant=pytest.fail) == r       # no NaN
+
+
+def test_all_objects_and_max_area(checkpoint, folder, capsys):
+    r, lines = run(capsys, "--weights", checkpoint, *folder, "--all-objects")
+    assert r["metrics"]["n"] == 3 and "left out 1 with no object" in lines[0]
+    assert run(capsys, "--weights", checkpoint, *folder, "--max-area", "0.26")[0]["metrics"]["n"] == 3
+    assert run(capsys, "--weights", checkpoint, *folder, "--max-area", "0.07")[0]["metrics"]["n"] == 1
+
+
+def test_a_picture_of_another_size_than_its_xml_is_left_out(tmp_path, checkpoint, folder, capsys):
+    picture(tmp_path / "val/n0/im0.png", (61, 40))
+    r, lines = run(capsys, "--weights", checkpoint, *folder)
+    assert r["metrics"]["n"] == 1 and "1 of another size than their XML states" in lines[0]
+    assert r["metrics"]["cos_inside"] == [None] * 3                 # the one that is left misses the crop
+
+
+def test_shapes_run_folder_and_random(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pib, "Shapes", lambda split, size, length, real=pib.Shapes: real(split, size, 40))
+    (tmp_path / "run").mkdir()
+    for epoch in (0, 2):
+        save(tmp_path / f"run/checkpoint_{epoch:04d}.pt", epoch, epoch)
+    last, lines = run(capsys, "--weights", tmp_path / "run")
+    results = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [r["epochs"] for r in results] == [0, 2] and results[1] == last
+    assert (tmp_path / "run/checkpoint_0002.pib.shapes.json").exists()
+    kept = [s for s in pib.Shapes("val", 32, 40)
+            if (s["box"][2] - s["box"][0]) * (s["box"][3] - s["box"][1]) < 256]
+    assert last["metrics"]["n"] == len(kept) and 10 < len(kept) < 40
+    chance = np.mean([overlap_by_inclusion(s["box"].tolist()) for s in kept])
+    assert last["metrics"]["chance"] == pytest.approx(100 * chance / 16)
+    r, _ = run(capsys, "--weights", "random", "--like", tmp_path / "run/checkpoint_0000.pt", "--seed", 3)
+    assert r["weights"] == "random" and r["seed"] == 3 and (tmp_path / "runs/random/pib.shapes.s3.json").exists()
+
+
+def overlap_by_inclusion(box):
+    """Number of 8-pixel patches of 32 x 32 that hold a pixel of a box with whole-numbered corners."""
+    pixels = np.zeros((32, 32), bool)
+    x0, y0, x1, y1 = map(int, box)
+    pixels[y0:y1, x0:x1] = True
+    return pixels.reshape(4, 8, 4, 8).any((1, 3)).sum()
+
+
+def test_workers_and_batches_change_nothing(checkpoint, folder, capsys):
+    one = run(capsys, "--weights", checkpoint, *folder, "--max-area", "1", "--batch-size", "1")[0]
+    two = run(capsys, "--weights", checkpoint, *folder, "--max-area", "1", "--workers", "1")[0]
+    for name, values in one["metrics"].items():
+        np.testing.assert_allclose(two["metrics"][name], values, rtol=1e-5, atol=1e-7)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--weights random --root pictures", "--data shapes takes no --root"),
+    ("--weights random --boxes xml", "--data shapes takes no --boxes"),
+    ("--weights random --data folder", "--data folder needs --root"),
+    ("--weights random --max-area 0", "--max-area 0.0: a share"),
+    ("--weights random --max-area 1.5", "--max-area 1.5: a share"),
+    ("--weights a.pt --like b.pt", "--like goes with --weights random"),
+    ("--weights a.pt b.pt --out c.json", "--out names one file"),
+    ("--weights random --batch-size 0", "--batch-size 0"),
+    ("--weights random --workers -1", "--workers -1"),
+    ("", "required: --weights"),
+])
+def test_usage_errors(capsys, flags, message):
+    status, line = exits(capsys, *flags.split())
+    assert status == 2 and message in line and "error: " in line
+
+
+def cut_short(tmp_path):
+    path = tmp_path / "val/n0/im0.png"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("break_it, message", [
+    (lambda t: (t / "xml/im0.xml").write_text("<annotation><size>"), "xml/im0.xml: no VOC-style boxes"),
+    (lambda t: (t / "xml/im0.xml").write_text("<a><object/></a>"), "xml/im0.xml: no VOC-style boxes"),
+    (lambda t: (t / "xml").rename(t / "elsewhere"), "xml: no such folder"),
+    (lambda t: (t / "val").rename(t / "elsewhere"), "val: no such folder"),
+    (lambda t: picture(t / "val/n9/im0.png", (60, 40)), "two files of one name"),
+    (lambda t: [f.rename(f.with_name("x" + f.name)) for f in (t / "xml").rglob("*.xml")], "none is named like"),
+    (lambda t: [voc(f, (50, 50)) for f in (t / "xml").rglob("*.xml")], "no image is left"),
+    (lambda t: (t / "val/n0/im0.png").write_text("no picture"), "im0.png: unreadable"),
+    (cut_short, "im0.png: unreadable"),
+    (lambda t: (t / "tiny.pt").write_text("no checkpoint"), "tiny.pt: not a checkpoint"),
+])
+def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, folder, break_it, message, workers):
+    break_it(tmp_path)
+    status, line = exits(capsys, "--weights", checkpoint, *folder, "--workers", workers)
+    assert status == 1 and "\n" not in line and message in line
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_features_that_are_not_finite_are_refused(checkpoint, folder, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["teacher"]["cls_token"][0, 0, 0] = math.nan
+    torch.save(state, checkpoint)
+    status, line = exits(capsys, "--weights", checkpoint, *folder)
+    assert status == 1 and line == f"{checkpoint}: its features are not finite; the weights are damaged"
