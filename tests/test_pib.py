@@ -225,12 +225,13 @@ def test_every_sign_equals_plain_loops(checkpoint, folder, raw):
     assert counts["n"] == 3 and counts["missed"] == 1 and counts["tokens"] == 19
 
 
-def test_high_norm_patches_are_counted():
+@pytest.mark.parametrize("raw", [False, True])
+def test_high_norm_patches_are_counted_before_the_norm(raw):
     model = vit.VisionTransformer(CONFIG)
     x = torch.ones(2, 19, 24)
     x[0, 5] *= 5.1; x[0, 7] *= 4.9; x[0, 0] *= 9; x[0, 1] *= 9     # [CLS] and registers are no patches
     inside = torch.zeros(2, 4, 4, dtype=torch.bool)
-    signs = pib.block_signs(torch.rand(2, 2, 19, 19), x, model, inside, raw=True)
+    signs = pib.block_signs(torch.rand(2, 2, 19, 19), x, model, inside, raw)
     assert signs["high_norm"].tolist() == [1 / 16, 0]
 
 
