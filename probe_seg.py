@@ -656,13 +656,13 @@ def report(path, metrics, names, args):
           + f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
 
 
-def describe(args, config, train, val, blocks):
-    """Every value that decides the number."""
+def describe(args, config, train, val, block, concat_cls):
+    """Every value that decides the headline. The other heads are not among them: each trains for itself."""
     long = args.short_side and args.short_side * LONG_SIDE[args.data]
     return dict(
         probe="seg", data=args.data, train=len(train), val=len(val), classes=len(NAMES[args.data]),
-        partial=args.allow_partial, train_list=args.voc_list or "train", feature="patches, final norm", blocks=blocks,
-        concat_cls=args.concat_cls, crop=args.crop or config.image_size, stride=args.stride, short_side=args.short_side,
+        partial=args.allow_partial, train_list=args.voc_list or "train", feature="patches, final norm", block=block,
+        concat_cls=concat_cls, crop=args.crop or config.image_size, stride=args.stride, short_side=args.short_side,
         long_side=None if long == math.inf else long, iters=args.iters, batch_size=args.batch_size, seeds=args.seeds,
         head="BatchNorm, 1x1 convolution", optimizer="AdamW 0.9 0.999", lr=RATE, weight_decay=WEIGHT_DECAY,
         schedule="linear to 0, warm-up from 1e-6", warmup=round(args.iters * WARMUP), loss="cross-entropy / all pixels",
@@ -687,8 +687,8 @@ def evaluate(path, args, device, opened):
     default = (f"runs/random/seg.{args.data}.s{args.seed}.json" if path == "random" else
                f"{path.removesuffix('.pt')}.seg.{args.data}.json")
     out = Path(args.out or default)
-    protocol = describe(args, config, train, val, blocks)
-    stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
+    protocol = describe(args, config, train, val, *kinds[0])
+    stamp = dict(protocol, heads=kinds, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
                  config=dataclasses.asdict(config))
     heads = nn.ModuleList(Head(block, concat, seed, config.dim, len(names)) for block, concat in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)

@@ -697,6 +697,10 @@ def test_a_head_does_not_depend_on_the_heads_beside_it(few_scenes, tmp_path, che
             assert same(a["iou"][k], b["iou"][0])
         entry = r["metrics"]["heads"][sorted(order).index((kind, concat))]
         assert entry["miou_seeds"][0] == alone_r["metrics"]["miou"]
+        if (kind, concat) == order[0]:                              # so a table may mix the two results
+            assert dict(alone_r["protocol"], seeds=2) == r["protocol"]
+        else:
+            assert dict(alone_r["protocol"], seeds=2) != r["protocol"]
     assert {name: r["metrics"][name] for name in ("miou", "miou_last", "iou")} == {
         name: r["metrics"]["heads"][2][name] for name in ("miou", "miou_last", "iou")}         # block 1 without [CLS]
 
