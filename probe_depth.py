@@ -1,0 +1,667 @@
+"""Depth probe: RMSE in metres of a linear head on four frozen blocks of patches and [CLS].
+
+    python probe_depth.py --weights runs/shapes_entmax15_s0/checkpoint.pt
+    python probe_depth.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt     the untrained control
+    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data nyu --root NYU
+    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data kitti --root KITTI
+    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data sunrgbd --root SUN --train-root NYU
+
+The "lin. 4" protocol of DINOv2 (Oquab et al. 2024): 38,400 iterations of 16 crops, AdamW, the scale-invariant loss of
+Eigen et al. (2014), depth as the weighted mean of 256 fixed bins; the paper's learning rate, and its best RMSE over
+the evaluations. Beside it: the RMSE of one constant for all pixels, which any probe must beat.
+The last line printed is the result as JSON, also written to --out; an interrupted probe goes on where it was saved.
+
+    B images, D width, h w patches, K bins, H W pixels, S head seeds; depth is in metres, 0 where not measured
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import vit
+from shapes import Shapes
+
+# What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it.
+PAPER = dict(iters=38_400, batch_size=16, lr=1e-3, evaluations=24, workers=10, save_every=800, log_every=100)
+RECIPES = {
+    "nyu": dict(PAPER, crop=(416, 544)),
+    "kitti": dict(PAPER, crop=(352, 704)),
+    "sunrgbd": dict(PAPER, crop=(416, 544)),
+    # 300 iterations at the paper's learning rate learn little: RMSE 3.2 to 3.4 m, at ten times it 2.65 m
+    "shapes": dict(PAPER, iters=300, lr=1e-2, evaluations=3, workers=0, save_every=100, log_every=50, crop=None),
+}
+BINS, MIN_DEPTH, MAX_NORM = 256, 1e-3, 35.0                         # bins from MIN_DEPTH to MAX_DEPTH; of a gradient
+MAX_DEPTH = {"nyu": 10.0, "kitti": 80.0, "sunrgbd": 10.0, "shapes": 10.0}
+CAP = {"sunrgbd": 8.0}                                              # metres that truth and prediction are clipped at
+# Rows and columns that are evaluated, half-open. Eigen et al. 2014, for SUN RGB-D at native size; and Garg et al. 2016,
+# 0.40810811 to 0.99189189 of the 352 rows and 0.03594771 to 0.96405229 of the 1216 columns.
+WINDOW = {"nyu": (45, 471, 41, 601), "sunrgbd": (45, 471, 41, 601), "kitti": (143, 349, 43, 1172)}
+SUN_SIZE = (640, 480)                                               # width, height its pictures are resized to
+PER_METRE = {"nyu": 1000, "kitti": 256, "sunrgbd": 1000}            # of the 16-bit depth maps
+LISTS = {
+    "nyu": dict(train="nyu_train.txt", val="nyu_test.txt"),
+    "kitti": dict(train="kitti_eigen_train.txt", val="kitti_eigen_test.txt"),
+    "sunrgbd": dict(train="SUNRGBD_val_splits.txt", val="SUNRGBD_val_splits.txt"),      # train: every other frame
+}
+TREES = {
+    "nyu": "nyu_train.txt, nyu_test.txt and the <scene>/rgb_*.jpg, <scene>/sync_depth_*.png that they list",
+    "kitti": "kitti_eigen_train.txt, kitti_eigen_test.txt, input/<date>/<drive>_sync/image_02/data/*.png and "
+             "gt_depth/<drive>_sync/proj_depth/groundtruth/image_02/*.png",
+    "sunrgbd": "SUNRGBD_val_splits.txt and SUNRGBD/.../<id>/{image/*.jpg,depth/*.png}",
+}
+EXPECTED = {"nyu": {"train": 24_231, "val": 654}, "kitti": {"train": 23_158, "val": 652},
+            "sunrgbd": {"train": 5_285, "val": 5_050}}
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+ORDER, CROP = range(2)                                              # streams of random numbers
+VIRIDIS = np.array([[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128],
+                    [94, 201, 98], [173, 220, 48], [253, 231, 37]])     # of matplotlib, at 0, 1/8, ..., 1
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # weights
+    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
+                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
+    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
+    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    # data
+    p.add_argument("--data", choices=list(RECIPES), default="shapes")
+    p.add_argument("--root", help="folder that holds " + "; ".join(f"{data}: {tree}" for data, tree in TREES.items()))
+    p.add_argument("--train-on", choices=["nyu", "sunrgbd"], help="for --data sunrgbd; default nyu. sunrgbd: every "
+                   "frame that is not in the val list")
+    p.add_argument("--train-root", help="NYU's folder, for --data sunrgbd trained on nyu")
+    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds")
+    # heads
+    p.add_argument("--iters", type=int, help="iterations; warm-up and cosine schedule scale with them")
+    p.add_argument("--batch-size", type=int, help="images per iteration")
+    p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="training crop in pixels")
+    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
+    # run
+    p.add_argument("--seed", type=int, default=0, help="of heads, crops and order of images; of --weights random")
+    p.add_argument("--amp", choices=list(PRECISION), help="of the frozen forward; default bf16 on CUDA, off on CPU")
+    p.add_argument("--workers", type=int, help="loader processes")
+    p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1,600 of 38,400")
+    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
+    p.add_argument("--log-every", type=int, help="iterations between progress lines")
+    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
+                   "prediction of the last evaluation, into <out without .json>.png")
+    p.add_argument("--out", help="result file; default <weights without .pt>.depth.<data>.json")
+    p.set_defaults(**recipe)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error(f"--data {args.data} needs --root, a folder with {TREES[args.data]}" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    if args.train_on and args.data != "sunrgbd":
+        p.error(f"--train-on goes with --data sunrgbd; {args.data} trains on its own train split")
+    args.train_on = args.train_on or ("nyu" if args.data == "sunrgbd" else args.data)
+    if (args.train_root is None) != (args.train_on == args.data):
+        p.error(f"--data sunrgbd needs --train-root, a folder with {TREES['nyu']}, or --train-on sunrgbd"
+                if args.train_root is None else "--train-root goes with --data sunrgbd trained on nyu")
+    if args.crop and args.data == "shapes":
+        p.error("--data shapes takes no --crop; its scenes are seen whole")
+    if args.like and args.weights != ["random"]:
+        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
+    if args.eval_every is None:
+        args.eval_every = max(1, round(args.iters / args.evaluations))
+    for name in "iters batch_size seeds workers seed eval_every save_every log_every save_images".split():
+        least = name not in ("workers", "seed", "save_images")
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
+    if args.crop and min(args.crop) < 1:
+        p.error(f"--crop {args.crop[0]} {args.crop[1]}: must be at least 1")
+    args.crop = args.crop and tuple(args.crop)                      # as in RECIPES: the stamp compares them
+    try:
+        args.weights = vit.list_checkpoints(args.weights)
+    except OSError as error:
+        sys.exit(str(error))
+    if args.out and len(args.weights) > 1:
+        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
+    if args.amp is None:
+        args.amp = "off"
+        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
+            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+# ------------------------------------------------------------------------------------------- data
+class Scenes:
+    """The embedded data set as (uint8 image, depth): 2,000 train scenes as in train.py's default, 1,000 val scenes."""
+
+    def __init__(self, split, size):
+        self.scenes = Shapes(split, size, {"train": 2000, "val": 1000}[split])
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        scene = self.scenes[i]
+        return scene["image"], scene["depth"]
+
+
+def read_picture(path):
+    try:
+        return vit.read_image(path)
+    except Exception as error:                                      # Pillow's own messages mostly lack the name
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+def read_depth(path, source):
+    """(H, W) float32 metres of a 16-bit depth map; 0 where nothing was measured."""
+    try:
+        with Image.open(path) as image:
+            mode, raw = image.mode, np.asarray(image)
+    except Exception as error:
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+    if not mode.startswith("I"):                                    # I;16, or I of older Pillows
+        raise ValueError(f"{path}: a picture of mode {mode}, not a 16-bit depth map; take the data set's own file")
+    raw = raw.astype(np.uint16)
+    if source == "sunrgbd":                                         # its files are rotated left by three bits
+        raw = (raw >> 3) | (raw << 13)
+    depth = raw.astype(np.float32) / PER_METRE[source]
+    if not ((depth > 0) & (depth <= MAX_DEPTH[source])).any():
+        raise ValueError(f"{path}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none in "
+                         f"(0, {MAX_DEPTH[source]:g}]; remove it from the list")
+    return depth
+
+
+class Pictures:
+    """The listed (picture, depth map) files of one split, cut or resized to the geometry of their data set."""
+
+    def __init__(self, source, split, pairs):
+        self.source, self.split, self.pairs = source, split, pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def read(self, i):
+        """uint8 (H, W, 3) and float32 depth (H, W); the depth of SUN RGB-D's val split keeps its own size."""
+        file, depth_file = self.pairs[i]
+        image, depth = read_picture(file), read_depth(depth_file, self.source)
+        (width, height), (h, w) = image.size, depth.shape
+        if (h, w) != (height, width):
+            raise ValueError(f"{depth_file}: {w}x{h} pixels, its picture {file} {width}x{height}; mend or remove one")
+        if self.source == "sunrgbd":
+            image = image.resize(SUN_SIZE, Image.Resampling.BILINEAR)
+            if self.split == "train":
+                depth = np.asarray(Image.fromarray(depth).resize(SUN_SIZE, Image.Resampling.NEAREST))
+            return np.asarray(image), depth
+        rows, columns = slice(None), slice(None)
+        if self.source == "kitti":                                  # the benchmark's crop
+            if w < 1216 or h < 352:
+                raise ValueError(f"{file}: {w}x{h} pixels, smaller than KITTI's crop 1216x352; take the raw pictures")
+            left = (w - 1216) // 2
+            rows, columns = slice(h - 352, h), slice(left, left + 1216)
+        elif self.split == "train":                                 # NYU without its white border
+            rows, columns = slice(45, 472), slice(43, 608)
+        return np.asarray(image)[rows, columns], depth[rows, columns]
+
+    def __getitem__(self, i):
+        return as_tensors(*self.read(i))
+
+
+def as_tensors(image, depth):
+    return torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(depth.copy())
+
+
+def augment(rng, image, depth, crop, brightness):
+    """Rotation, mirror image, crop and colours of BTS (Lee et al. 2019), which DINOv2 took over. uint8 (H, W, 3) and
+    float32 (H, W) -> the same two at the size of the crop."""
+    if rng.random() < 0.5:
+        degrees = rng.uniform(-2.5, 2.5)
+        image, depth = (np.asarray(Image.fromarray(x).rotate(degrees, resample)) for x, resample in
+                        ((image, Image.Resampling.BILINEAR), (depth, Image.Resampling.NEAREST)))    # 0 = unmeasured
+    if rng.random() < 0.5:
+        image, depth = image[:, ::-1], depth[:, ::-1]
+    top, left = (rng.integers(side - part + 1) for side, part in zip(depth.shape, crop, strict=True))
+    window = slice(top, top + crop[0]), slice(left, left + crop[1])
+    image, depth = image[window], depth[window]
+    if rng.random() < 0.5:
+        image = image.astype(np.float32) ** rng.uniform(0.9, 1.1)   # of 0..255, not 0..1: as in DINOv2
+        image = image * rng.uniform(1 - brightness, 1 + brightness) * rng.uniform(0.9, 1.1, 3)
+        image = (image.clip(0, 255) + 0.5).astype(np.uint8)         # a quarter of the bytes to the device
+    return image, depth
+
+
+class Crops:
+    """Augmented crop of a train picture and its depth map, a function of (seed, epoch, index)."""
+
+    def __init__(self, pictures, crop, seed):
+        self.pictures, self.crop, self.seed = pictures, crop, seed
+
+    def __getitem__(self, key):
+        image, depth = self.pictures.read(key[1])
+        (h, w), (height, width) = depth.shape, self.crop
+        if h < height or w < width:
+            raise ValueError(f"{self.pictures.pairs[key[1]][0]}: {w}x{h} pixels to crop {width}x{height} from; give a "
+                             "smaller --crop H W")
+        rng = np.random.default_rng((CROP, self.seed, *key))
+        return as_tensors(*augment(rng, image, depth, self.crop, 0.1 if self.pictures.source == "kitti" else 0.25))
+
+
+class Draws:
+    """Batch sampler: batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
+
+    def __init__(self, n, args, start):
+        self.n, self.args, self.start = n, args, start
+
+    def __iter__(self):
+        size, epoch = self.args.batch_size, None
+        for t in range(self.start, self.args.iters):
+            keys = []
+            for position in range(t * size, (t + 1) * size):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    order = np.random.default_rng((ORDER, self.args.seed, epoch)).permutation(self.n).tolist()
+                keys.append((epoch, order[position % self.n]))
+            yield keys
+
+
+def read_list(file, image_root, depth_root):
+    """([(picture, depth map)], number of pictures without one) of lines 'picture depth-map-or-None [focal length]'."""
+    pairs, without = [], 0
+    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        names = line.split()
+        if len(names) < 2:
+            raise ValueError(f"{file}, line {number}: {line!r} names no picture and depth map")
+        if names[1] == "None":
+            without += 1
+            continue
+        pair = Path(image_root, names[0].lstrip("/")), Path(depth_root, names[1].lstrip("/"))
+        for path in pair:
+            if not path.is_file():
+                raise FileNotFoundError(f"{file}, line {number}: {path}: no such file; complete the data set")
+        pairs.append(pair)
+    return pairs, without
+
+
+def unlisted(root, val):
+    """The (picture, depth map) of every SUN RGB-D frame below root/SUNRGBD that is not one of the pairs `val`."""
+    taken, pairs = {depth.parent.parent for _, depth in val}, []
+    for depth in sorted(Path(root, "SUNRGBD").rglob("depth/*.png")):
+        frame = depth.parent.parent
+        if frame not in taken:
+            images = sorted((frame / "image").glob("*.jpg"))
+            if not images:
+                raise FileNotFoundError(f"{frame}/image: no *.jpg beside {depth}; complete the data set")
+            pairs.append((images[0], depth))
+    return pairs
+
+
+def open_split(source, split, root, args):
+    """Pictures of a split, once their number has been compared with what the data set holds."""
+    file = Path(root, LISTS[source][split])
+    if not file.is_file():
+        found = sorted(os.listdir(root))[:8] if os.path.isdir(root) else "no such folder"
+        raise FileNotFoundError(f"{file}: no such file; {root} must hold {TREES[source]}, and holds {found}")
+    folders = (Path(root, "input"), Path(root, "gt_depth")) if source == "kitti" else (root, root)
+    pairs, without = read_list(file, *folders)
+    if (source, split) == ("sunrgbd", "train"):
+        pairs = unlisted(root, pairs)
+    expected = EXPECTED[source][split]
+    print(f"{source} {split}: {len(pairs):,} images" + f"; {without} more have no depth map" * (without > 0))
+    if len(pairs) < (1 if args.allow_partial else expected):
+        raise ValueError(f"{file}: {len(pairs):,} {split} images of {expected:,}; complete them"
+                         + ", or give --allow-partial" * (len(pairs) > 0))
+    return Pictures(source, split, pairs)
+
+
+def open_data(args, size):
+    """(train, val) data sets of (uint8 (3, H, W), float32 depth (H', W'))."""
+    if args.data == "shapes":
+        return Scenes("train", size), Scenes("val", size)
+    return (open_split(args.train_on, "train", args.train_root or args.root, args),
+            open_split(args.data, "val", args.root, args))
+
+
+# ------------------------------------------------------------------------------------------- frozen features
+def four_blocks(depth):
+    """0-based indices of four evenly spaced blocks, the last one included."""
+    return [depth * i // 4 - 1 for i in (1, 2, 3, 4)]
+
+
+@torch.no_grad()                                                    # inference tensors could not enter a backward
+def frozen(model, images, args):
+    """float32 [CLS] (B, 4, D) and patches (B, 4, h, w, D) of the four blocks, without the final norm, of uint8 images
+    (B, 3, H, W) of any size."""
+    images = vit.pad_to_patches(vit.normalize(images), model.config.patch_size)
+    with torch.autocast(images.device.type, PRECISION[args.amp], enabled=args.amp != "off"):
+        features = model.features(images, four_blocks(model.config.depth), norm=False)
+    return torch.stack([f.cls for f in features], 1).float(), torch.stack([f.patches for f in features], 1).float()
+
+
+def extract(model, scenes, args, device, chunk=16):
+    """[CLS] (N, 4, D), patches (N, 4, h, w, D) and depth (N, H, W) of all scenes."""
+    parts = [(*frozen(model, x.to(device), args), y.to(device))
+             for x, y in DataLoader(scenes, chunk, num_workers=args.workers)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def batches(model, train, args, device, start):
+    """([CLS], patches, depth) of the batches from iteration `start` on. `train`: pictures, or the features of all of
+    them where there is no augmentation."""
+    if isinstance(train, tuple):
+        for keys in Draws(len(train[0]), args, start):
+            i = torch.tensor([i for _, i in keys], device=device)
+            yield tuple(x[i] for x in train)
+        return
+    crops = Crops(train, args.crop, args.seed)
+    for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
+                           pin_memory=device.type == "cuda"):
+        yield *frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
+
+
+def val_batches(model, val, args, device, chunk=16):
+    """([CLS], patches, depth) of the val images in order; features of an image and of its mirror image one after the
+    other, except for scenes."""
+    if isinstance(val, tuple):
+        yield from zip(*(x.split(chunk) for x in val), strict=True)
+        return
+    for x, y in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"):
+        x = x.to(device, non_blocking=True)
+        yield *frozen(model, torch.stack([x, x.flip(-1)]), args), y[None].to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------- heads
+class Head(nn.Module):
+    """One 1x1 convolution to K bins. Depth is the mean of the bins' depths, weighted by relu(.) + 0.1: it lies between
+    theirs."""
+
+    def __init__(self, dim, max_depth, seed):
+        super().__init__()
+        draws, bound = torch.Generator().manual_seed(seed), (8 * dim) ** -0.5       # torch's default of a convolution
+        self.weight = nn.Parameter(torch.empty(BINS, 8 * dim).uniform_(-bound, bound, generator=draws))
+        self.bias = nn.Parameter(torch.empty(BINS).uniform_(-bound, bound, generator=draws))
+        bins = torch.linspace(MIN_DEPTH, max_depth, BINS)
+        self.register_buffer("moments", torch.stack([bins, torch.ones(BINS)], 1), persistent=False)
+
+    def forward(self, cls, patches):
+        """(B, 4h, 4w) metres. The convolution comes before the x4 upsampling: both are linear, so the logits are the
+        same, at 1/16 of the cost."""
+        x = torch.cat([patches, cls[:, :, None, None].expand_as(patches)], -1)      # (B, 4, h, w, 2D)
+        logits = F.linear(x.permute(0, 2, 3, 1, 4).flatten(3), self.weight, self.bias)      # (B, h, w, K)
+        relu = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear").relu_()
+        sums = relu.permute(0, 2, 3, 1) @ self.moments + 0.1 * self.moments.sum(0)  # (B, 4h, 4w, 2): sums of w b, of w
+        return sums[..., 0] / sums[..., 1]
+
+
+def predict(head, cls, patches, size, mirrored=False):
+    """(B, *size) metres. Of a mirrored pair of images, (1, *size): the mean of the two, the second turned back."""
+    depth = F.interpolate(head(cls, patches)[:, None], size=tuple(size), mode="bilinear")[:, 0]
+    if mirrored:
+        depth = torch.stack([depth[0], depth[1].flip(-1)]).mean(0, keepdim=True)
+    return depth
+
+
+def sig_loss(prediction, target, max_depth, warmup):
+    """Mean over pairs of images (DINOv2's batch is 8 x 2) of sqrt(var g + 0.15 (mean g)^2), with g = log(p + 0.001) -
+    log(t + 0.001) on the valid pixels of both; in the warm-up without var g. Pairs with fewer than two do not count."""
+    losses = []
+    for p, t in zip(prediction.split(2), target.split(2), strict=True):
+        valid = (t > 0) & (t <= max_depth)
+        g = (p[valid] + 0.001).log() - (t[valid] + 0.001).log()
+        if len(g) > 1:
+            losses.append(((0 if warmup else g.var()) + 0.15 * g.mean().square()).sqrt())
+    return torch.stack(losses).mean() if losses else 0 * prediction.sum()
+
+
+def learning_rate(t, args):
+    """Cosine from --lr to 1e-8 of it, in the first third of the iterations times a line from 0.001 to 1."""
+    cosine = 1e-8 + (1 - 1e-8) * (1 + math.cos(math.pi * t / args.iters)) / 2
+    return args.lr * cosine * (1 - 0.999 * max(0, 1 - 3 * t / args.iters))
+
+
+def train_heads(model, train, val, args, device, file, stamp):
+    """(history of the evaluations, predictions of the last one for the first --save-images images) of --iters
+    iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
+    most = MAX_DEPTH[args.data]
+    heads = nn.ModuleList(Head(model.config.dim, most, args.seed + k) for k in range(args.seeds)).to(device)
+    optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
+    start, history = resume(file, stamp, heads, optimizer)
+    if start == args.iters:
+        return history, []
+    if args.data == "shapes":
+        train, val = extract(model, train, args, device), extract(model, val, args, device)
+    constant = best_constant(train, args)
+    stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
+    for t in range(start, args.iters):
+        optimizer.param_groups[0]["lr"] = learning_rate(t, args)
+        cls, patches, depth = next(stream)
+        for head in heads:                                          # one graph at a time in memory
+            loss = sig_loss(predict(head, cls, patches, depth.shape[1:]), depth, most, t < stamp["loss_warmup"])
+            loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), MAX_NORM)
+            total = total + loss.detach() / args.seeds              # over the iterations since the last line
+        optimizer.step(); optimizer.zero_grad()
+
+        done = t + 1
+        if done % args.log_every == 0 or done == args.iters:
+            loss = total / (done - max(start, t // args.log_every * args.log_every))
+            left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
+            print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
+                  f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+            total = 0
+        if done % args.eval_every == 0 or done == args.iters:
+            row, drawn = measure(heads, model, val, constant, args, device)
+            history.append(dict(iteration=done, **row))
+            print(f"iteration {done:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
+        if done % args.save_every == 0 or done == args.iters:
+            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+                                            optimizer=optimizer.state_dict(), history=history))
+    return history, drawn
+
+
+def resume(file, stamp, heads, optimizer):
+    """Iterations done and history: 0 and none without a file. Heads of other settings are refused while unfinished,
+    else overwritten."""
+    if not Path(file).exists():
+        return 0, []
+    state = vit.read_checkpoint(file)
+    old = state.get("stamp", {})
+    differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+    if differing and state["iteration"] < old["iters"]:
+        name = differing[0]
+        raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                         "with the old value, remove the file, or give another --out")
+    if differing:
+        return 0, []
+    heads.load_state_dict(state["heads"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"{file}: going on from iteration {state['iteration']:,}")
+    return state["iteration"], state["history"]
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+def best_constant(train, args, most=500):
+    """Mean in metres of the valid depths of at most 500 evenly spaced train maps: no constant has less square error
+    there."""
+    if isinstance(train, tuple):
+        maps = train[2]
+    else:
+        some = np.linspace(0, len(train) - 1, min(len(train), most)).round().astype(int).tolist()
+        maps = (y for _, y in DataLoader(Subset(train, some), batch_size=None, num_workers=args.workers))
+    total, count = 0.0, 0
+    for y in maps:
+        valid = y[(y > 0) & (y <= MAX_DEPTH[args.data])]
+        total, count = total + valid.double().sum().item(), count + len(valid)
+    return total / count
+
+
+def scored(depth, data):
+    """bool (..., H, W): the pixels whose depth is known, in range and inside the window."""
+    if data == "shapes":
+        return depth > 0
+    top, bottom, left, right = WINDOW[data]
+    inside = torch.zeros_like(depth, dtype=torch.bool)
+    inside[..., top:bottom, left:right] = True
+    return inside & (depth > MIN_DEPTH) & (depth < MAX_DEPTH[data])
+
+
+def errors(p, t):
+    """(3,) RMSE in metres, mean |p - t| / t, and percent of pixels within a factor of 1.25."""
+    near = torch.maximum(p / t, t / p) < 1.25
+    return torch.stack([(p - t).square().mean().sqrt(), ((p - t).abs() / t).mean(), 100 * near.double().mean()])
+
+
+@torch.no_grad()
+def measure(heads, model, val, constant, args, device):
+    """({metric: mean over images, of each head}, depth maps (H, W) that the first head predicts for the first images).
+    An image without a pixel to score is left out."""
+    table, drawn, skipped, cap = [], [], 0, CAP.get(args.data, math.inf)
+    for cls, patches, target in val_batches(model, val, args, device):
+        target = target.clamp(max=cap)
+        guesses = [predict(head, cls, patches, target.shape[1:], args.data != "shapes") for head in heads]
+        drawn += guesses[0][:args.save_images - len(drawn)].cpu()
+        guesses.append(torch.full_like(target, constant))
+        for i, valid in enumerate(scored(target, args.data)):
+            if not valid.any():
+                skipped += 1
+                continue
+            t = target[i][valid].double()
+            table.append(torch.stack([errors(p[i][valid].double().clamp(max=cap), t) for p in guesses]))
+    if not table:
+        raise ValueError(f"{args.root}: no val image has a measured pixel in range and window; check the depth maps")
+    rmse, abs_rel, d1 = torch.stack(table).mean(0).T.tolist()       # S + 1 values each
+    return dict(rmse=rmse[:-1], abs_rel=abs_rel[:-1], d1=d1[:-1], rmse_constant=rmse[-1], constant=constant,
+                skipped=skipped), drawn
+
+
+# ------------------------------------------------------------------------------------------- results
+def mean_sd(values):
+    """(mean, sample standard deviation or None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def show(values):
+    mean, sd = mean_sd(values)
+    return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
+
+
+def write_result(out, result):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    half = out.with_name(out.name + ".tmp")
+    half.write_text(json.dumps(result) + "\n")
+    os.replace(half, out)
+    print(json.dumps(result), flush=True)
+
+
+def best_metrics(history):
+    """Means over head seeds of the evaluation with the best RMSE (the paper: best validation performance)."""
+    seeds, last = range(len(history[0]["rmse"])), history[-1]
+    best = [min(history, key=lambda row: row["rmse"][k]) for k in seeds]
+    values = {name: [best[k][name][k] for k in seeds] for name in ("rmse", "abs_rel", "d1")}
+    return dict({name: statistics.fmean(value) for name, value in values.items()},
+                rmse_sd=mean_sd(values["rmse"])[1], rmse_last=statistics.fmean(last["rmse"]),
+                **{f"{name}_seeds": value for name, value in values.items()}, rmse_last_seeds=last["rmse"],
+                best_iterations=[row["iteration"] for row in best],
+                **{name: last[name] for name in ("rmse_constant", "constant", "skipped")})
+
+
+def colour(depth, most):
+    """PIL picture of depths 0..most from dark to bright; black where there is none."""
+    place = (depth / most).clip(0, 1) * (len(VIRIDIS) - 1)
+    rgb = np.stack([np.interp(place, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T], -1)
+    return Image.fromarray(np.where(depth[..., None] > 0, rgb + 0.5, 0).astype(np.uint8))
+
+
+def draw_images(file, val, drawn, most, width=400, gap=4):
+    """A row for each image: input, label up to `most` metres, prediction; both depths on the label's scale."""
+    rows = []
+    for i, guess in enumerate(drawn):
+        pixels, label = val[i]
+        label = label.where(label <= most, 0)
+        size = width, round(width * label.shape[0] / label.shape[1])
+        row = [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)]
+        rows.append(row + [colour(depth.numpy(), label.max().item()).resize(size, Image.Resampling.NEAREST)
+                           for depth in (label, guess)])
+    sheet, y = Image.new("RGB", (3 * (width + gap), sum(row[0].height + gap for row in rows)), "white"), 0
+    for row in rows:
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (width + gap), y))
+        y += row[0].height + gap
+    sheet.save(file)
+    print(f"{file}: {len(drawn)} val images with label and prediction")
+
+
+def evaluate(path, args, device, opened):
+    """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
+    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    size = model.config.image_size if args.data == "shapes" else None
+    if model.config.depth < 4:
+        raise ValueError(f"{path}: {model.config.depth} blocks, and this probe reads four; give a deeper model")
+    if size not in opened:                                          # looking for 24,000 pairs takes a while: once
+        opened[size] = open_data(args, size)
+    train, val = opened[size]
+    default = (f"runs/random/depth.{args.data}.s{args.seed}.json" if path == "random" else
+               f"{path.removesuffix('.pt')}.depth.{args.data}.json")
+    out, start = Path(args.out or default), time.perf_counter()
+    protocol = dict(
+        probe="depth", data=args.data, train_on=args.train_on, train=len(train), val=len(val), size=size,
+        partial=args.allow_partial, blocks=four_blocks(model.config.depth), precision=args.amp,
+        feature="patches and [CLS] of each block, no final norm", iters=args.iters, batch_size=args.batch_size,
+        crop=args.crop, seeds=args.seeds, bins=BINS, max_depth=MAX_DEPTH[args.data], lr=args.lr,
+        optimizer="AdamW 0.9 0.999, weight decay 0.01, gradient norm of a head at most 35",
+        schedule="cosine to lr x 1e-8, linear warm-up from 0.001 over the first third",
+        loss="SigLoss, pairs of images", loss_warmup=round(args.iters * 100 / 38_400), eval_every=args.eval_every,
+        augmentation=args.crop and "rotate 2.5 degrees, flip, crop, gamma, brightness, colour; rounded to 8 bits",
+        mirrored=args.data != "shapes", cap=CAP.get(args.data), window=WINDOW.get(args.data),
+        padding="zeros to whole patches, predictions stretched over the picture",
+        reported="best RMSE over evaluations; errors per image at the size of its depth map, then mean over images",
+    )
+    stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
+                 config=dataclasses.asdict(model.config))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    history, drawn = train_heads(model, train, val, args, device, out.with_suffix(".head.pt"), stamp)
+
+    metrics = best_metrics(history)
+    print(f"{path}: RMSE {show(metrics['rmse_seeds'])} m at the best evaluation, {show(metrics['rmse_last_seeds'])} m "
+          f"at the last; abs-rel {show(metrics['abs_rel_seeds'])}, d1 {show(metrics['d1_seeds'])} %; a constant "
+          f"{metrics['constant']:.2f} m {metrics['rmse_constant']:.3f} m; "
+          + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
+          + f"{metrics['skipped']} images without a pixel to score left out; " * (metrics["skipped"] > 0)
+          + f"{time.perf_counter() - start:.0f} s")
+    if drawn:
+        draw_images(out.with_suffix(".png"), val, drawn, MAX_DEPTH[args.data])
+    elif args.save_images:
+        print(f"{out.with_suffix('.head.pt')}: finished earlier, so nothing is drawn; remove it to have pictures")
+    facts.update(config=dataclasses.asdict(model.config), seed=args.seed)
+    write_result(out, dict(probe="depth", data=args.data, **facts, metrics=metrics, protocol=protocol))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = {}
+    for path in args.weights:
+        try:
+            evaluate(path, args, device, opened)
+        except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
+            sys.exit(str(error).strip().splitlines()[-1])           # a loader process prefixes its traceback
+
+
+if __name__ == "__main__":
+    main()
