@@ -1,0 +1,175 @@
+"""reproduce.sh with stand-ins for python and torchrun that note what they are asked and leave the files behind that the
+real scripts would; the real parsers then read every command."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import figures
+import pib
+import probe_depth
+import probe_linear
+import probe_seg
+import table1
+import train
+
+SCRIPT = Path(__file__).parent.parent / "reproduce.sh"
+PARSERS = {"train.py": train, "pib.py": pib, "probe_linear.py": probe_linear, "probe_seg.py": probe_seg,
+           "probe_depth.py": probe_depth, "figures.py": figures, "table1.py": table1}
+STAND_IN = r"""#!/usr/bin/env bash
+[[ $0 != *torchrun ]] || shift 2                                    # --nproc-per-node N
+printf -v line '%s\t' "$@"
+echo "$line" >> calls
+script=$1
+while shift; do case ${1-} in
+  --out) out=$2 ;;
+  --weights) weights=$2 ;;
+  --data) data=$2 ;;
+  "${BROKEN:-none}") echo "the cause of it"; exit 1 ;;
+esac; done
+if [[ ${SLOW-} ]]; then touch pid$$; exec sleep 30; fi
+if [[ $script == train.py && ! -e $out ]]; then
+  mkdir -p $out
+  touch $out/checkpoint_00{00,04,24}.pt
+elif [[ ${out-} ]]; then
+  touch $out
+elif [[ ${weights-} ]]; then
+  probe=${script#probe_}
+  [[ -f $weights ]] || weights="$weights/checkpoint_????.pt"
+  for path in $weights; do touch ${path%.pt}.${probe%.py}.$data.json; done
+fi
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """Runs it in a folder of its own; returns (exit code, commands, what it printed)."""
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+
+    def run(background=False, **variables):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        clean = {k: v for k, v in os.environ.items() if k not in ("IMAGENET", "VOC", "METHODS", "SEEDS", "JOBS")}
+        process = subprocess.Popen(
+            ["bash", SCRIPT.name], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=clean | variables | dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"))
+        if background:
+            return process
+        said = process.communicate(timeout=60)[0]
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return process.returncode, [line.split("\t")[:-1] for line in calls], said
+    return run
+
+
+def names(calls):
+    return [argv[0] for argv in calls]
+
+
+def parse(calls, folder, monkeypatch):
+    """[(script, what its parser makes of the command)]; a flag or value that it does not know is a SystemExit."""
+    monkeypatch.chdir(folder)
+    parsed = []
+    for script, *argv in calls:
+        if script == "figures.py" and "--results" in argv:          # must be there; of one run
+            files = argv[argv.index("--results") + 1:argv.index("--range")]
+            files = [Path(name) for name in files if name.endswith(".json")]
+            assert len(files) == 3 and all(f.exists() and f.parent == files[0].parent for f in files)
+        parsed.append((script, PARSERS[script].parse_args(argv)))
+    return parsed
+
+
+def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
+    """Four methods, three seeds, every probe of each, controls, Fig. 2b, pictures, table, in flags that exist."""
+    code, calls, said = reproduce(JOBS="2")
+    assert code == 0, said
+    assert {name: names(calls).count(name) for name in PARSERS} == {
+        "train.py": 12, "probe_linear.py": 12 + 4, "probe_depth.py": 12 + 4, "probe_seg.py": 12 + 4 + 2 * 3,
+        "pib.py": 12, "figures.py": 3 + 4 + 2 * 2, "table1.py": 1}
+    parsed = parse(calls, tmp_path, monkeypatch)
+    trained = [args for script, args in parsed if script == "train.py"]
+    assert {(a.attn, a.registers, a.specialize, a.seed) for a in trained} == {
+        (*method, seed) for seed in range(3)
+        for method in [("softmax", 0, False), ("softmax", 4, False), ("softmax", 0, True), ("entmax15", 0, False)]}
+    defaults = [train.parse_args([*flags.split(), "--seed", str(seed)]).out for seed in range(3)
+                for flags in ("", "--registers 4", "--specialize", "--attn entmax15")]
+    assert sorted(a.out for a in trained) == sorted(defaults)
+    for script in ("probe_linear.py", "probe_depth.py"):
+        assert sorted(args.weights[0] for name, args in parsed if name == script) == sorted(
+            [f"{a.out}/checkpoint_0024.pt" for a in trained]
+            + [f"{a.out}/checkpoint_0000.pt" for a in trained if a.seed == 0])
+    maps = [args for script, args in parsed if script == "probe_seg.py" and args.blocks is None]
+    assert {m.weights[0].rpartition("/")[0] for m in maps} == {"runs/shapes_softmax_s0", "runs/shapes_entmax15_s0"}
+    assert len({m.out for m in maps}) == 6 and all(m.concat_cls == "both" for m in maps)
+    found = table1.find_results(["runs"])                           # Fig. 2b's are of another protocol
+    assert len(found) == 12 * 3 + 3 * 16 and not {Path(m.out) for m in maps} & set(found)
+    table = parsed[-1][1]
+    assert sorted(table.results) == sorted(defaults) and table.out == "results/table1.md"
+
+
+def test_what_is_finished_is_skipped(reproduce, tmp_path):
+    """A result that is older than its weights is not finished."""
+    few = dict(METHODS="softmax", SEEDS="0", JOBS="1")
+    _, first, _ = reproduce(**few)
+    assert names(first).count("probe_linear.py") == 2
+    _, second, _ = reproduce(**few)
+    assert set(names(second)) == {"train.py", "figures.py", "table1.py"}
+    (tmp_path / "runs/shapes_softmax_s0/checkpoint_0024.depth.shapes.json").unlink()
+    os.utime(tmp_path / "runs/shapes_softmax_s0/checkpoint_0000.pt", (2e9, 2e9))
+    _, third, _ = reproduce(**few)
+    assert sorted(argv[0] + argv[argv.index("--weights") + 1][-8:] for argv in third if "prob" in argv[0]) == [
+        "probe_depth.py_0000.pt", "probe_depth.py_0024.pt", "probe_linear.py_0000.pt", "probe_seg.py_0000.pt",
+        "probe_seg.py_0000.pt"]
+
+
+def test_a_failure_stops_the_others_and_shows_its_log(reproduce, tmp_path):
+    code, calls, said = reproduce(JOBS="3", METHODS="softmax entmax15", BROKEN="entmax15")
+    assert code == 1 and "the cause of it" in said and "runs/shapes_entmax15_s0.log" in said
+    assert set(names(calls)) == {"train.py"} and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_jobs(reproduce, tmp_path, number):
+    process = reproduce(background=True, JOBS="2", SLOW="1")
+    for _ in range(500):
+        if len(pids := [int(path.name[3:]) for path in tmp_path.glob("pid*")]) == 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=10)[0]
+    assert process.returncode != 0 and "failed" not in said and len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_the_papers_protocol(reproduce, tmp_path, monkeypatch):
+    """With spaces in a root; the flags of users come last."""
+    for i in range(5):
+        (tmp_path / f"ImageNet 1k/val/n{i}").mkdir(parents=True)
+        (tmp_path / f"ImageNet 1k/val/n{i}/{i}.JPEG").touch()
+    roots = {name: str(tmp_path / name.lower()) for name in "VOC ADE20K CITYSCAPES NYU SUNRGBD KITTI BOXES".split()}
+    code, calls, said = reproduce(IMAGENET=str(tmp_path / "ImageNet 1k"), GPUS="8", PROBE_FLAGS="--seeds 3",
+                                  TRAIN_FLAGS="--epochs 100", METHODS="softmax entmax15", **roots)
+    assert code == 0, said
+    assert "torchrun --nproc-per-node 8 train.py" in said
+    parsed = parse(calls, tmp_path, monkeypatch)
+    assert [(a.arch or "small", a.epochs, a.attn, a.seed) for name, a in parsed if name == "train.py"] == [
+        ("small", 100, "softmax", 0), ("small", 100, "entmax15", 0)]
+    probes = [(args.data, args.root, args.seeds) for script, args in parsed if "probe" in script][:7]
+    assert probes == [("imagenet", str(tmp_path / "ImageNet 1k"), 3), *(
+        (name, roots[name.upper()], 3) for name in ("voc", "ade20k", "cityscapes", "nyu", "sunrgbd", "kitti"))]
+    assert names(calls).count("probe_seg.py") == 2 * 3 + 2 * 3      # and no untrained controls
+    boxes = [args for script, args in parsed if script == "pib.py"]
+    assert [(b.root, b.boxes) for b in boxes] == [(str(tmp_path / "ImageNet 1k/val"), roots["BOXES"])] * 2
+
+
+def test_real_data_need_imagenet(reproduce):
+    code, calls, said = reproduce(VOC="/voc")
+    assert code == 2 and not calls and "IMAGENET is not set" in said

@@ -1,0 +1,291 @@
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import table1
+
+CONFIG = dict(image_size=64, patch_size=8, dim=64, depth=4, heads=2, mlp_ratio=4, attn="softmax", registers=0,
+              specialize=False, drop_path=0.0)
+METRIC = dict(linear="top1", knn="top1", seg="miou", depth="rmse")
+ALL = [("knn", "shapes"), ("linear", "shapes"), ("seg", "shapes"), ("depth", "shapes"), ("pib", "shapes")]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None, protocol=(), content=None, seed=0,
+        which="teacher", **config):
+    """A weights file with `content` (default: its own path) and a probe's result on it; returns the result's path."""
+    sha = None
+    if weights != "random":
+        Path(weights).parent.mkdir(parents=True, exist_ok=True)
+        Path(weights).write_text(content or str(weights))
+        sha = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    metrics = {METRIC.get(probe): value} if probe != "pib" else dict(pib=[99.0, value], chance=27.5)
+    metrics |= dict(miou_constant=7.9, rmse_constant=3.6)
+    out = Path(out or f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(dict(
+        probe=probe, data=data, weights=str(weights), weights_sha256=sha, which=which, epochs=epochs, seed=seed,
+        config=CONFIG | config, metrics=metrics,
+        protocol=dict(probe=probe, data=data, classes=10, val=1000, partial=partial) | dict(protocol))))
+    return out
+
+
+def run(capsys, *argv):
+    table1.main([*map(str, argv)])
+    return capsys.readouterr().out
+
+
+def tables(capsys, *argv):
+    """(paper's table, shapes table, everything) of --json."""
+    content = json.loads(run(capsys, *argv, "--json"))
+    return *content["tables"], content
+
+
+def row(table, method):
+    return next(row for row in table["rows"] if row["method"] == method)
+
+
+def refused(*argv):
+    with pytest.raises(SystemExit) as stop:
+        table1.main([*map(str, argv)])
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def markdown_row(text, start):
+    return next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def test_mean_and_sample_sd_by_hand(capsys):
+    """1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7; PiB is that of the last block."""
+    for seed, value in enumerate([1.0, 2.0, 6.0]):
+        for probe, data in ALL:
+            put(f"runs/a_s{seed}/checkpoint_0024.pt", probe, value, data)
+    put("runs/b_s0/checkpoint_0024.pt", "depth", 2.3456, attn="entmax15")
+    _, shapes, _ = tables(capsys)
+    for name in shapes["columns"]:
+        cell = row(shapes, "CLS baseline")["cells"][name]
+        assert (cell["n"], cell["mean"], cell["values"]) == (3, 3.0, [1.0, 2.0, 6.0])
+        assert cell["sd"] == pytest.approx(math.sqrt(7)) and len(cell["files"]) == 3
+    one = row(shapes, "Entmax-1.5")
+    assert one["n"] == 1 and one["cells"]["RMSE m"]["sd"] is None
+    text = run(capsys)
+    assert markdown_row(text, "CLS baseline") == (
+        "| CLS baseline | 3 | 3.00 ± 2.65 | 3.00 ± 2.65 | 3.00 ± 2.65 | 3.000 ± 2.646 | 3.00 ± 2.65 |")
+    assert markdown_row(text, "Entmax-1.5") == "| Entmax-1.5 | 1 | – | – | – | 2.346 | – |"
+    assert markdown_row(text, "chance, or the best constant").endswith("| 10.00 | 10.00 | 7.90 | 3.600 | 27.50 |")
+    assert "Not measured here: Entmax-1.5 (k-NN top-1 %, linear top-1 %, mIoU %, PiB %)." in text
+
+
+def test_rows_are_methods(capsys):
+    """Also a combination that the paper does not have, last; nothing is mixed."""
+    methods = {"CLS baseline": {}, "Register-4": dict(registers=4), "Specialization": dict(specialize=True),
+               "Entmax-1.5": dict(attn="entmax15"),
+               "Entmax-1.5 + Register-4 + Specialization": dict(attn="entmax15", registers=4, specialize=True),
+               "Register-2": dict(registers=2)}
+    for i, config in enumerate(methods.values()):
+        put(f"runs/{9 - i}/checkpoint_0024.pt", "knn", 10.0 + i, **config)
+    paper, shapes, _ = tables(capsys)
+    assert [r["method"] for r in shapes["rows"]] == list(methods)
+    assert [r["cells"]["k-NN top-1 %"]["mean"] for r in shapes["rows"]] == [10, 11, 12, 13, 14, 15]
+    assert all(r["paper"] is None for r in shapes["rows"])
+    assert [r["method"] for r in paper["rows"]] == list(methods)[:4]
+
+
+def test_only_the_last_epoch_of_a_run_counts(capsys):
+    """Of all columns: what was measured only earlier is not measured. checkpoint.pt is the same run."""
+    for epochs in (8, 16, 24):
+        put(f"runs/a/checkpoint_{epochs:04}.pt", "pib", float(epochs), epochs=epochs)
+    put("runs/a/checkpoint_0016.pt", "seg", 40.0, epochs=16)
+    put("runs/a/checkpoint.pt", "pib", 26.0, epochs=24)
+    put("runs/b/checkpoint_0024.pt", "pib", 35.0)
+    _, shapes, _ = tables(capsys)
+    only = row(shapes, "CLS baseline")
+    assert only["n"] == 2 and only["cells"]["PiB %"]["values"] == [25.0, 35.0]      # (24 + 26) / 2, one run
+    assert "mIoU %" in only["not_measured"] and shapes["epochs"] == 24
+
+
+def test_a_run_is_told_by_its_weights(capsys):
+    """Not by the probe's seed, nor by where a copy lies; other names in one folder are several runs."""
+    put("w/one.pt", "knn", 1.0)
+    put("w/two.pt", "knn", 3.0)
+    put("w/two.pt", "knn", 5.0, out="w/again.knn.shapes.json", seed=1)
+    put("copy/checkpoint_0024.pt", "knn", 1.0, content="w/one.pt")
+    put("copy2/checkpoint_0024.pt", "knn", 1.0, content="w/one.pt")
+    _, shapes, _ = tables(capsys, ".")
+    assert row(shapes, "CLS baseline")["cells"]["k-NN top-1 %"]["values"] == [1.0, 4.0]
+
+
+def test_equal_paths_on_two_machines_are_two_runs(capsys):
+    """The folders were moved after the probes: the results of both name run/checkpoint_0024.pt, which is gone."""
+    for machine in "ab":
+        made = put("run/checkpoint_0024.pt", "knn", 1.0, content=machine)
+        for path in (made, Path("run/checkpoint_0024.pt")):
+            Path(machine).mkdir(exist_ok=True)
+            path.rename(Path(machine, path.name))
+    assert row(tables(capsys, "a", "b")[1], "CLS baseline")["n"] == 2
+
+
+def test_untrained_weights_have_rows_of_their_own(capsys):
+    put("runs/a/checkpoint_0000.pt", "knn", 40.0, epochs=0)
+    put("runs/a/checkpoint_0024.pt", "knn", 90.0)
+    put("random", "knn", 44.0, epochs=0, out="runs/random/knn.shapes.s3.json", seed=3)
+    put("random", "knn", 48.0, epochs=0, out="runs/random/knn.shapes.s4.json", seed=4)
+    put("random", "pib", 20.0, epochs=0, out="runs/random/pib.shapes.s4.json", seed=4)
+    _, shapes, _ = tables(capsys)
+    assert [(r["method"], r["n"]) for r in shapes["rows"]] == [("CLS baseline", 1), ("untrained, CLS baseline", 3)]
+    assert sorted(shapes["rows"][1]["cells"]["k-NN top-1 %"]["values"]) == [40.0, 44.0, 48.0]
+    assert "| 44.00 ± 4.00 |" in (text := run(capsys)) and "20.00 (n = 1)" in text and not shapes["pairs"]
+
+
+# ---- the paper's table ----------------------------------------------------------------------------------------------
+
+def test_the_papers_values(capsys):
+    text = run(capsys, put("runs/a/checkpoint_0024.pt", "knn", 1.0))
+    for line in """\
+        CLS baseline, paper | 1 | 69.50 | 42.80 | 19.85 | 36.79 | 0.834 | 0.674 | 6.743
+        Register-4, paper | 1 | 70.03 | 44.34 | 19.52 | 36.00 | 0.814 | 0.667 | 6.749
+        Specialization, paper | 1 | 70.04 | 46.22 | 20.51 | 36.45 | 0.829 | 0.660 | 6.723
+        Entmax-1.5, paper | 1 | 70.06 | 48.78 | 21.97 | 37.87 | 0.829 | 0.669 | 6.739""".splitlines():
+        assert f"| {line.strip()} |" in text
+    assert ", here" not in text and "Not measured here: all of it." in text
+    assert re.search("IN-1K.*VOC.*ADE20K.*Cityscapes.*NYU.*SUN.*KITTI", text)
+
+
+def test_real_data_go_beside_the_paper(capsys):
+    values = {("linear", "imagenet"): 69.0, ("seg", "voc"): 42.0, ("seg", "ade20k"): 19.0, ("seg", "cityscapes"): 36.0,
+              ("depth", "nyu"): 0.5, ("depth", "sunrgbd"): 0.6, ("depth", "kitti"): 4.0}
+    for (probe, data), value in values.items():
+        put("runs/a/checkpoint_0200.pt", probe, value, data, epochs=200, attn="entmax15")
+    paper, shapes, _ = tables(capsys)
+    assert [cell["mean"] for cell in row(paper, "Entmax-1.5")["cells"].values()] == list(values.values())
+    assert not shapes["rows"] and paper["epochs"] == 200
+    text = run(capsys)
+    assert ("| Entmax-1.5, here | 1 | 69.00 | 42.00 | 19.00 | 36.00 | 0.500 | 0.600 | 4.000 |" in text)
+    assert "Not measured here: CLS baseline (all); Register-4 (all); Specialization (all)." in text
+
+
+def test_what_the_papers_table_does_not_take_is_named(capsys):
+    partial = put("runs/a/checkpoint_0024.pt", "seg", 1.0, "voc", partial=True)
+    untrained = put("runs/a/checkpoint_0000.pt", "seg", 2.0, "voc", epochs=0)
+    other = put("runs/a/checkpoint_0024.pt", "pib", 3.0, "folder")
+    shown = put("runs/a/checkpoint_0024.pt", "knn", 4.0)
+    paper, shapes, content = tables(capsys)
+    assert not any(r["cells"] for r in paper["rows"]) and shapes["rows"][0]["cells"]["k-NN top-1 %"]["files"] == [
+        str(shown)]
+    assert {r["file"]: r["why"] for r in content["left_out"]} == {
+        str(partial): "partial data", str(untrained): "untrained", str(other): "no column for pib on folder"}
+    assert f"{partial} (partial data)" in run(capsys)
+
+
+# ---- differences and spread -----------------------------------------------------------------------------------------
+
+def test_which_differences_exceed_the_spread(capsys):
+    """sd of (x - 1, x, x + 1) is 1, of (x - 2, x, x + 2) 2: the limit between the two methods is 3."""
+    def seeds(name, mean, sd, n=3, **config):
+        for i in range(n):
+            put(f"runs/{name}{i}/checkpoint_0024.pt", "knn", mean + sd * (i - 1), **config)
+
+    seeds("a", 50.0, 1)
+    seeds("b", 52.5, 2, registers=4)                                # 2.5 < 3: within
+    seeds("c", 45.5, 2, specialize=True)                            # -4.5 from a: beyond; -7 from b, limit 4: beyond
+    seeds("d", 90.0, 1, n=1, attn="entmax15")
+    seeds("e", 20.0, 1, epochs=0)                                   # a control: no method to compare
+    _, shapes, _ = tables(capsys)
+    assert [r["method"] for r in shapes["rows"]] == [*table1.PAPER, "untrained, CLS baseline"]
+    pairs = {tuple(p["methods"]): (p["difference"], p["spread"], p["beyond"]) for p in shapes["pairs"]}
+    assert len(pairs) == 3
+    assert pairs["Register-4", "CLS baseline"] == (2.5, 3.0, False)
+    assert pairs["Specialization", "CLS baseline"] == (-4.5, 3.0, True)
+    assert pairs["Specialization", "Register-4"] == (-7.0, 4.0, True)
+    line = next(line for line in run(capsys).splitlines() if line.startswith("- k-NN"))
+    assert line == ("- k-NN top-1 %: beyond the spread: Specialization against CLS baseline -4.50 (spread 3.00), "
+                    "Specialization against Register-4 -7.00 (spread 4.00); within it: Register-4 against CLS baseline "
+                    "+2.50 (spread 3.00); n = 1, nothing to say: Entmax-1.5")
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_weights_that_changed_since_are_refused(capsys, moved, monkeypatch):
+    """Found by the name in the result, or beside a result that moved with them."""
+    result, weights = put("runs/a/checkpoint_0024.pt", "knn", 1.0), "runs/a/checkpoint_0024.pt"
+    if moved:
+        Path("runs").rename("elsewhere")
+        result, weights = "elsewhere/a/checkpoint_0024.knn.shapes.json", "elsewhere/a/checkpoint_0024.pt"
+    run(capsys, result)
+    Path(weights).write_text("trained again")
+    table1.sha256.cache_clear()
+    message = refused(result)
+    assert str(result) in message and weights in message and "run the probe again" in message
+    Path(weights).unlink()                                          # results outlive their weights
+    assert "1.00" in run(capsys, result)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_other_protocols_are_refused(late):
+    """Also between an untrained and a trained row, which share their columns."""
+    a = put("runs/a/checkpoint_0024.pt", "seg", 1.0, protocol=dict(iters=1000, lr=0.1))
+    put("runs/a1/checkpoint_0024.pt", "seg", 1.0, protocol=dict(iters=1000, lr=0.1))
+    b = put("runs/b/checkpoint_0000.pt", "seg", 2.0, protocol=dict(iters=500, lr=0.1) if late else dict(lr=0.1),
+            attn="entmax15", epochs=0)
+    message = refused("runs")
+    assert str(a) in message and str(b) in message and "lr" not in message and "mIoU %" in message
+    assert ("iters 1000 and 500" if late else "iters 1000 and absent") in message
+
+
+def test_columns_may_have_their_own_protocols(capsys):
+    put("runs/a/checkpoint_0024.pt", "knn", 1.0, protocol=dict(iters=1))
+    put("runs/a/checkpoint_0024.pt", "seg", 1.0, protocol=dict(iters=2))
+    put("runs/b/checkpoint_0024.pt", "seg", 1.0, protocol=dict(iters=2), seed=5)
+    assert row(tables(capsys)[1], "CLS baseline")["n"] == 2
+
+
+@pytest.mark.parametrize("change, said", [(dict(dim=128), "dim 64 and 128"), (dict(epochs=48), "epochs 24 and 48"),
+                                          (dict(which="student"), "which teacher and student")])
+def test_other_models_and_epochs_are_refused(change, said):
+    put("runs/a/checkpoint_0024.pt", "knn", 1.0)
+    put("runs/a1/checkpoint_0024.pt", "knn", 1.0)
+    put("runs/b/checkpoint_0024.pt", "seg", 1.0, **change)
+    assert said in refused("runs")
+
+
+def test_drop_path_acts_in_training_only(capsys):
+    put("runs/a/checkpoint_0024.pt", "knn", 1.0)
+    put("runs/b/checkpoint_0024.pt", "knn", 1.0, drop_path=0.1)
+    assert row(tables(capsys)[1], "CLS baseline")["n"] == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"probe": "knn", "data": "shapes"}', "\udcff"])
+def test_unreadable_results_are_named(text):
+    put("runs/a/checkpoint_0024.pt", "knn", 1.0)
+    bad = Path("runs/a/checkpoint_0020.seg.shapes.json")
+    bad.write_bytes(text.encode(errors="surrogateescape"))
+    assert str(bad) in (message := refused("runs")) and "run its probe again" in message
+
+
+def test_no_results():
+    assert "runs: no such file" in refused()
+    Path("runs").mkdir()
+    Path("runs/blocks.json").write_text("{}")                       # of another kind
+    assert "runs: no results" in refused()
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_out_holds_what_is_printed(capsys, form):
+    put("runs/a/checkpoint_0024.pt", "knn", 1.0)
+    printed = run(capsys, "runs", "--out", "results/table1.md", *form)
+    assert Path("results/table1.md").read_text() == printed and "k-NN" in printed
+    assert [path.name for path in Path("results").iterdir()] == ["table1.md"]
