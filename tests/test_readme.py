@@ -1,0 +1,27 @@
+"""Every command in README is one that its script takes: the real parsers read all of them."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+# an indented line of a code block or a quotation in backticks; what follows two spaces is an explanation
+COMMANDS = sorted({" ".join(re.split(r" {2,}", line.strip())[0].split()) for line in re.findall(
+    r"^    ((?:python|torchrun) [^\n]*?\.py [^\n]+)", re.sub(r"(\.py) +--", r"\1 --", README.read_text()), re.M)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_is_accepted(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    args = importlib.import_module(words[script].removesuffix(".py")).parse_args(words[script + 1:])
+    assert vars(args)
+
+
+def test_readme_shows_every_script():
+    shown = {re.search(r"(\w+)\.py", command)[1] for command in COMMANDS}
+    assert {"train", "probe_linear", "probe_seg", "probe_depth", "pib", "figures"} <= shown
