@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-# an indented line of a code block or a quotation in backticks; what follows two spaces is an explanation
-COMMANDS = sorted({" ".join(re.split(r" {2,}", line.strip())[0].split()) for line in re.findall(
-    r"^    ((?:python|torchrun) [^\n]*?\.py [^\n]+)", re.sub(r"(\.py) +--", r"\1 --", README.read_text()), re.M)})
+README = re.sub(r"\\\n +", "", (Path(__file__).parent.parent / "README.md").read_text())     # joins continued lines
+README = re.sub(r"\.py +--", ".py --", README)                     # aligned for the eye
+# lines of code blocks; what follows two spaces is an explanation
+COMMANDS = sorted({line.split("  ")[0] for line in re.findall(r"^    ((?:python|torchrun) .*\.py .+)", README, re.M)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
