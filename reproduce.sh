@@ -120,13 +120,13 @@ for method in $METHODS; do
   folders+=("runs/${name}_${method}_s$first")
   weights+=("$(last "${folders[-1]}")")
 done
-pictures=(--data shapes --count 4) one=(--data shapes --count 1)
+pictures=(--data shapes --count 4 --size 128) one=(--data shapes --count 1)
 if [[ $name != shapes ]]; then
   all=("$IMAGENET"/val/*/*)
   pictures=(--size 448 --images "${all[0]}" "${all[${#all[@]} / 4]}" "${all[${#all[@]} / 2]}" "${all[-1]}")
   one=(--size 448 --images "${all[0]}")
 fi
-figure pca pca --weights "${weights[@]}" "${pictures[@]}"
+figure pca pca --weights "${folders[-1]}/checkpoint_0000.pt" "${weights[@]}" "${pictures[@]}"     # untrained beside them
 figure attention attention --weights "${weights[@]}" "${one[@]}"
 figure curves curves --runs "${folders[@]}"
 for run in "${folders[@]}"; do                    # of one range, or their colours would not compare
