@@ -608,27 +608,22 @@ def line(r, args, total):
 
 
 def open_data(args):
+    """The images of --data, at least a batch of them; their number goes to args, which the checkpoint remembers."""
     if args.data == "shapes":
-        return Scenes(args.image_size, args.length)
-    if not os.path.isdir(args.data):
+        source = Scenes(args.image_size, args.length)
+    elif os.path.isdir(args.data):
+        source = Pictures(list_images(args.data))
+    else:
         sys.exit(f"{args.data}: no such folder; --data takes a folder of images, or shapes")
-    return Pictures(list_images(args.data))
-
-
-def train(args, rank, world, device, stop):
-    """The run, from the first line printed to the last checkpoint; `stop` fills with the signals that ask it to end."""
-    is_main, out = rank == 0, Path(args.out)
-
-    # data
-    source = open_data(args)
     args.images = len(source)
     if args.images < args.batch_size:
         way_out = "raise --length" if args.data == "shapes" else f"counted {' '.join(SUFFIXES)} in it and below"
         sys.exit(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}; {way_out}")
-    per_epoch = args.images // args.batch_size                      # the rest of an epoch is left out, as in DINO
-    total, log_k = args.epochs * per_epoch, math.log(args.out_dim)
+    return source
 
-    # what is there already
+
+def open_resume(out, args, world):
+    """(state of the run in `out` or None, its step or 0), the same in every process."""
     resumed = read_resume(out / "checkpoint.pt", args)
     start = resumed["step"] if resumed else 0
     views = [(start, args.images)] * world
@@ -637,6 +632,18 @@ def train(args, rank, world, device, stop):
     if len(set(views)) > 1:
         sys.exit(f"{out}: (step of checkpoint.pt, images) differ between processes: {views}; every node must see "
                  "the same --out and --data")
+    return resumed, start
+
+
+def train(args, rank, world, device, stop):
+    """The run, from the first line printed to the last checkpoint; `stop` fills with the signals that ask it to end."""
+    is_main, out = rank == 0, Path(args.out)
+
+    # data, and what is there already
+    source = open_data(args)
+    per_epoch = args.images // args.batch_size                      # the rest of an epoch is left out, as in DINO
+    total, log_k = args.epochs * per_epoch, math.log(args.out_dim)
+    resumed, start = open_resume(out, args, world)
     log = Log(out, is_main, start)
     log.say("shapes, embedded; the paper's recipe needs --data DIR" if args.data == "shapes" else
             f"{args.data}, {args.images:,} images; the paper's recipe where no flag says otherwise")
