@@ -56,6 +56,8 @@ The paper prints p_i = [(z_i - tau)/2]_+, without the square. That is sparsemax 
 Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models" (the map, the sort, the Jacobian);
 Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young losses" (entropies and the maps they give).
 """
+import importlib.util
+
 import torch
 
 # z scores, tau threshold, u = [z/2 - tau]_+, p = u^2 weights, s = sum u, q = sum u^2
@@ -64,13 +66,14 @@ import torch
 # Until |sum p - 1| < 1e-7, normal scores of any scale take 3 to 6 steps up to n = 1025, rows built to be slow 7 up to
 # n = 8192. The count is fixed because a test for convergence would make the host wait for the device in every layer.
 NEWTON_STEPS = 8
+HAS_TRITON = importlib.util.find_spec("triton") is not None           # torch brings it along on Linux
 
 
 class Entmax15(torch.autograd.Function):
-    """p = [z/2 - tau]_+^2 along `dim`, for float32 and float64; derivation at the top of the file."""
+    """p = [z/2 - tau]_+^2 along `dim` for float32 or float64 z, rounded to `dtype`; derivation above."""
 
     @staticmethod
-    def forward(ctx, z, dim):
+    def forward(ctx, z, dim, dtype):
         top = z.amax(dim, keepdim=True)
         half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
         tau = torch.full_like(top, -1.0)
@@ -80,33 +83,33 @@ class Entmax15(torch.autograd.Function):
             s = u.sum(dim, keepdim=True)
             q = u.square_().sum(dim, keepdim=True)
             tau += (q - q.sqrt()) / s
-        p = torch.sub(half, tau, out=u).relu_().square_()
-        ctx.dim = dim
+        p = torch.sub(half, tau, out=u).relu_().square_().to(dtype)
+        ctx.dim, ctx.wide = dim, z.dtype
         ctx.save_for_backward(p)                                      # alive anyway: the product with v needs it too
         return p
 
     @staticmethod
     def backward(ctx, dp):
-        (p,) = ctx.saved_tensors                                      # an output: autograd tracks what follows
+        p, = (p.to(ctx.wide) for p in ctx.saved_tensors)              # an output: autograd tracks what follows
         # u = sqrt(p). A plain sqrt has an infinite slope at p = 0, which makes second derivatives NaN; this has value 0
         # and a finite slope there and is sqrt elsewhere, as no p on the support is below tiny. (It is also ten times
         # faster on the CPU we measured, where sqrt stumbles over zeros.)
         u = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_() * p
         udp = u * dp
         mean = udp.sum(ctx.dim, keepdim=True) / u.sum(ctx.dim, keepdim=True)
-        return udp.addcmul_(u, mean, value=-1), None                  # J dp = u dp - u (sum u dp / sum u)
+        return udp.addcmul_(u, mean, value=-1), None, None            # J dp = u dp - u (sum u dp / sum u)
 
 
 def entmax15(x, dim=-1):
     """Weights p >= 0 with sum p = 1 along `dim`, many of them exactly 0; same shape and dtype as x.
 
-    A score of -inf gets weight 0 and gradient 0; a row of nothing else gives NaN, as softmax does. For half-precision x
-    everything is float32 inside, also the p kept for backward: u from a rounded p would raise the gradient's rms error
-    by a tenth, its largest error by a third (bfloat16) to four fifths (float16, which loses every p < 3e-8).
+    A score of -inf gets weight 0 and gradient 0; a row of nothing else gives NaN, as softmax does. Half-precision x is
+    solved in float32 and the result rounded. That result is all that is kept for backward: the gradient's rms error is
+    a tenth larger than with the float32 weights, which nothing else would need and which are twice as large.
     """
     if not x.is_floating_point():
         raise TypeError(f"entmax15 needs floating-point scores, got {x.dtype}")
-    return Entmax15.apply(x.to(wide(x.dtype)), dim).to(x.dtype)
+    return Entmax15.apply(x.to(wide(x.dtype)), dim, x.dtype)
 
 
 def wide(dtype):
@@ -138,13 +141,21 @@ def entmax15_sort(x, dim=-1):
     return (z - tau).clamp_min(0).square().movedim(-1, dim)
 
 
-def entmax15_attention(q, k, v):
+def entmax15_attention(q, k, v, fused=None):
     """entmax15(q k^T / sqrt(D)) v for q, k, v (B, H, T, D) -> (B, H, T, D) in v's dtype.
 
     Scores are float32 whatever q and k are, also under autocast, which would hand entmax bfloat16 scores (it promotes
     softmax to float32 but knows nothing of entmax); the weights are rounded to v's dtype for the product with v.
+
+    fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, 16 <= D <= 128)
+    and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no second derivative.
     """
+    if fused or (fused is None and q.is_cuda and HAS_TRITON):
+        import entmax_triton  # not at the top: where nothing can use it, nothing needs it
+
+        if fused or entmax_triton.supports(q, k, v):
+            return entmax_triton.attention(q, k, v, NEWTON_STEPS)
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.to(wide(q.dtype)), k.to(wide(k.dtype))
         z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)            # (B, H, T, T)
-        return entmax15(z).to(v.dtype) @ v                            # (B, H, T, D)
+        return Entmax15.apply(z, -1, v.dtype) @ v                     # (B, H, T, D)

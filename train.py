@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -127,6 +128,7 @@ def parse_args(argv=None):
     # run
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="autocast; default bf16 on CUDA, off on CPU")
+    p.add_argument("--no-fused", action="store_true", help="entmax attention without its CUDA kernel")
     p.add_argument("--compile", action="store_true", help="torch.compile the two networks")
     p.add_argument("--out", help="run folder; default runs/<data>_<method>_s<seed>")
     p.add_argument("--save-every", type=int, help="epochs between numbered checkpoints")
@@ -168,6 +170,8 @@ def check_args(p, args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accum):
         p.error(f"--batch-size {args.batch_size} is not divisible by {world} processes x --accum {args.accum}")
+    if args.no_fused and args.attn != "entmax15":
+        p.error("--no-fused is about the kernel of --attn entmax15; drop it, or add that")
     if args.amp == "fp16" and not torch.cuda.is_available():
         p.error("--amp fp16 needs CUDA; use --amp off or bf16")
     if args.amp is None:
@@ -373,6 +377,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.bad_step = torch.tensor(-1, device=device)             # the first step that left something not finite
         self.saved = 0                                              # step of the last checkpoint
+        if args.no_fused:
+            for block in (*self.student.backbone.blocks, *self.teacher.backbone.blocks):
+                block.attn.attend = functools.partial(block.attn.attend, fused=False)
         if args.compile:
             self.student.compile()
             self.teacher.compile()

@@ -152,7 +152,8 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = route(x, self.qkv, self.qkv_cls)                      # (B, T, 3 D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)                 # 3 x (B, H, T, D/H)
+        # Split before the axes are turned: then the three gradients are joined by one copy, not two.
+        return [y.transpose(1, 2) for y in qkv.unbind(2)]           # 3 x (B, H, T, D/H)
 
     def forward(self, x):                                           # (B, T, D)
         q, k, v = self.project(x)

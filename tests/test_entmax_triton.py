@@ -1,0 +1,252 @@
+"""entmax_triton.py against float64 and against the lines of entmax.py it replaces; on a CPU in Triton's interpreter."""
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import entmax
+import vit
+from entmax import entmax15_attention
+
+triton = pytest.importorskip("triton")
+import entmax_triton  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter's bfloat16 dot is wrong (numpy has no such type); a GPU also runs this one.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA")])]
+fused = functools.partial(entmax15_attention, fused=True)
+eager = functools.partial(entmax15_attention, fused=False)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def projected(B, H, T, D, dtype=torch.float32, scale=1.0):
+    """q, k, v as a model makes them: strided views of one array (B, T, 3, H, D); q and k times `scale`."""
+    qkv = torch.randn(B, T, 3, H, D, device=DEVICE)
+    qkv[:, :, :2] *= scale
+    return [x.transpose(1, 2) for x in qkv.to(dtype).unbind(2)]
+
+
+def run(attend, q, k, v, dout):
+    """out, dq, dk, dv"""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))]
+
+
+def errors(attend, inputs, exact):
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(run(attend, *inputs), exact, strict=True)]
+
+
+def exactly(*inputs):
+    return run(eager, *(x.double() for x in inputs))
+
+
+# ---- the numbers
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, H, T, D", [(2, 3, 37, 64), (1, 2, 41, 32), (2, 1, 100, 16), (1, 1, 64, 48),
+                                        (1, 1, 17, 128)])
+def test_error_is_that_of_the_eager_path(dtype, B, H, T, D):
+    """Distance from float64, output and three gradients: at most 1.5 times that of entmax.py in the same type."""
+    inputs = *projected(B, H, T, D, dtype), torch.randn(B, H, T, D, device=DEVICE).to(dtype)
+    exact = exactly(*inputs)
+    for ours, theirs in zip(errors(fused, inputs, exact), errors(eager, inputs, exact), strict=True):
+        assert ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.1, 3.0])                         # rows nearly dense, rows of one or two weights
+def test_error_at_other_scales_of_the_scores(dtype, scale):
+    inputs = *projected(2, 2, 50, 32, dtype, scale), torch.randn(2, 2, 50, 32, device=DEVICE).to(dtype)
+    exact = exactly(*inputs)
+    pairs = list(zip(errors(fused, inputs, exact), errors(eager, inputs, exact), strict=True))
+    if dtype == torch.float32 and scale > 1 and not CUDA:
+        # dv takes its weights from k q^T, not q k^T, which numpy adds up in another order: a row of one weight then
+        # misses the sum of 1 by the rounding of its score, where the eager path is exact.
+        q, k = inputs[:2]
+        assert pairs.pop()[0] <= torch.finfo(dtype).eps * (q @ k.transpose(-2, -1)).abs().max() / 32**0.5
+    for ours, theirs in pairs:
+        assert ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 65, 197, 201, 257])
+def test_every_length(T):
+    """Around the sizes of tiles, and those of ViT-S/16 without and with registers."""
+    inputs = *projected(1, 2, T, 16, torch.float16), torch.randn(1, 2, T, 16, device=DEVICE)
+    for x, y in zip(run(fused, *inputs), exactly(*inputs), strict=True):
+        assert x.isfinite().all() and (x - y).norm() <= 1e-3 * y.norm() + 1e-3 * (T == 1)
+
+
+@pytest.mark.parametrize("T", [577, *(pytest.param(T, marks=pytest.mark.slow) for T in (1025, 1673, 2048))])
+def test_long_rows(T):
+    """Images of 384, 512 and 352 x 1216 pixels, and the longest there is."""
+    inputs = *projected(1, 1, T, 16, torch.float16), torch.randn(1, 1, T, 16, device=DEVICE)
+    for x, y in zip(run(fused, *inputs), exactly(*inputs), strict=True):
+        assert (x - y).norm() <= 1e-3 * y.norm()
+
+
+def test_rows_built_to_be_slow_for_newton():
+    """Scores of the layered row of test_entmax.py: q picks them out of k one by one."""
+    heights = [0.469**j for j in range(4) for _ in range(int(6.59**j))][:64]
+    q = torch.zeros(1, 1, 64, 64, device=DEVICE)
+    k = torch.zeros(1, 1, 64, 64, device=DEVICE)
+    q[..., 0] = 8.0                                                   # 8 = sqrt(64)
+    k[0, 0, :, 0] = 2 * (torch.tensor(heights, device=DEVICE) - 1)
+    v = torch.eye(64, device=DEVICE).expand(1, 1, 64, 64)             # the output is the weights
+    weights = fused(q, k, v)[0, 0]
+    assert (weights - entmax.entmax15_sort(k[0, 0, :, 0].double())).abs().max() < 1e-6
+    assert (weights.sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_zeros_are_exact():
+    q, k, v = projected(1, 2, 60, 32, scale=2.0)
+    weights = entmax.entmax15(q @ k.transpose(-2, -1) / 32**0.5)
+    used = weights[0, 0, 7] > 1e-6
+    assert 0 < used.sum() < 40
+    unused = ~used & (weights[0, 0, 7] == 0)
+    other = v.clone()
+    other[0, 0, unused] = 1e30                                        # times any weight at all it would show
+    assert torch.equal(fused(q, k, v)[0, 0, 7], fused(q, k, other)[0, 0, 7])
+
+
+def test_large_scores_are_shifted_first():
+    q, k, v = projected(1, 1, 40, 32, scale=100.0)                    # |z| up to 2e5: one token takes all
+    expected = eager(q.double(), k.double(), v.double())
+    assert (fused(q, k, v) - expected).abs().max() < 1e-5
+
+
+# ---- memory: strides in, strides out, what is kept
+
+def test_any_strides_and_the_same_bits():
+    q, k, v = projected(2, 2, 19, 16)
+    dout = torch.randn(2, 2, 19, 16, device=DEVICE)
+    first = run(fused, q, k, v, dout)
+    for other in ([x.contiguous() for x in (q, k, v)],
+                  [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)],           # a row's numbers are not neighbours
+                  [x.flip(0).flip(0) for x in (q, k, v)]):
+        assert all(torch.equal(x, y) for x, y in zip(run(fused, *other, dout), first, strict=True))
+    spread = dout[..., :1].expand(-1, -1, -1, 16)                     # the gradient of a sum: stride 0
+    expected = run(fused, q, k, v, spread.contiguous())
+    assert all(torch.equal(x, y) for x, y in zip(run(fused, q, k, v, spread), expected, strict=True))
+
+
+def test_projection_is_read_in_place_and_two_floats_a_row_are_kept():
+    B, H, T, D = 2, 3, 40, 32
+    qkv = torch.randn(B, T, 3, H, D, device=DEVICE, requires_grad=True)
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
+        out = fused(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+    own = [x for x in saved.values() if x.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()]
+    assert [tuple(x.shape) for x in own] == [(2, B, H, T)] and own[0].dtype == torch.float32
+    assert out.transpose(1, 2).is_contiguous()                        # heads are joined without a copy
+    out.sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+def test_inputs_are_left_alone_and_runs_repeat():
+    inputs = *projected(2, 1, 40, 16), torch.randn(2, 1, 40, 16, device=DEVICE)
+    before = [x.clone() for x in inputs]
+    first = run(fused, *inputs)
+    assert all(torch.equal(x, y) for x, y in zip(run(fused, *inputs), first, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def test_only_some_inputs_need_gradients():
+    q, k, v = projected(1, 1, 20, 16)
+    dout = torch.randn(1, 1, 20, 16, device=DEVICE)
+    _, _, dk, _ = run(fused, q, k, v, dout)
+    k = k.detach().requires_grad_()
+    fused(q, k, v).backward(dout)
+    assert torch.equal(k.grad, dk)
+
+
+# ---- its place among the rest of torch
+
+def test_operators_are_what_they_are_registered_as():
+    q, k, v = (x.contiguous().requires_grad_() for x in projected(1, 2, 20, 16))
+    torch.library.opcheck(entmax_triton.forward, (q, k, v, 8))
+    out, tau = entmax_triton.forward(q, k, v, 8)
+    torch.library.opcheck(entmax_triton.backward, tuple(x.detach() for x in (q, k, v, tau, out)),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_into_one_graph():
+    inputs = *projected(1, 2, 40, 16), torch.randn(1, 2, 40, 16, device=DEVICE)
+    compiled = torch.compile(fused, fullgraph=True)
+    for x, y in zip(run(compiled, *inputs), run(fused, *inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_changes_nothing():
+    q, k, v = projected(1, 2, 40, 32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = fused(q, k, v)
+    assert torch.equal(inside, fused(q, k, v)) and inside.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", [dict(), dict(registers=2, specialize=True)])
+def test_model_with_either_path(method):
+    model = vit.vit_tiny(dim=32, depth=2, heads=2, image_size=32, patch_size=8, attn="entmax15", **method).to(DEVICE)
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(20)                           # sharp enough for zeros
+    images, towards, results = torch.randn(3, 3, 32, 32, device=DEVICE), torch.randn(3, 32, device=DEVICE), []
+    for attend in (fused, eager):
+        for block in model.blocks:
+            block.attn.attend = attend
+        model.zero_grad()
+        out = model(images)
+        (out * towards).sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert (model.attention(images, -1) == 0).any()
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5 * y.abs().max().item() + 1e-7)
+
+
+def test_who_gets_the_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(entmax_triton, "attention", lambda q, k, v, steps: calls.append(tuple(q.shape)) or v)
+    small, long, wide = (torch.zeros(1, 1, T, D, device=DEVICE) for T, D in ((20, 64), (2049, 16), (20, 160)))
+    for x in (small, long, wide, small.double()):
+        entmax15_attention(x, x, x)
+    entmax15_attention(small, small, small, fused=False)
+    entmax15_attention(small[:, :, :5], small, small)                 # fewer queries than keys
+    assert calls == [(1, 1, 20, 64)] * CUDA
+    entmax15_attention(small, small, small, fused=True)
+    assert calls.pop() == (1, 1, 20, 64)
+
+
+@pytest.mark.parametrize("shapes, dtype", [
+    ([(1, 1, 2049, 16)] * 3, torch.float32), ([(1, 1, 9, 8)] * 3, torch.float32), ([(1, 1, 9, 129)] * 3, torch.float32),
+    ([(1, 1, 5, 16), (1, 1, 9, 16), (1, 1, 9, 16)], torch.float32), ([(1, 1, 9, 16)] * 3, torch.float64),
+    ([(1, 1, 0, 16)] * 3, torch.float32),
+])
+def test_what_it_cannot_do_is_said(shapes, dtype):
+    with pytest.raises(ValueError, match="fused=False"):
+        fused(*(torch.zeros(shape, dtype=dtype, device=DEVICE) for shape in shapes))
+
+
+def test_second_derivative_is_refused_not_wrong():
+    q, k, v = (x.detach().requires_grad_() for x in projected(1, 1, 10, 16))
+    dq, = torch.autograd.grad(fused(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(dq.square().sum(), q)
+
+
+@pytest.mark.skipif(CUDA, reason="this machine has CUDA")
+def test_cpu_without_the_interpreter_is_told_what_to_do():
+    code = ("import torch, entmax; x = torch.zeros(1, 1, 20, 16); entmax.entmax15_attention(x, x, x)\n"
+            "try: entmax.entmax15_attention(x, x, x, fused=True)\nexcept ValueError as e: print(e)")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(entmax.__file__).parent, env=env, text=True,
+                            capture_output=True, check=True)
+    assert "TRITON_INTERPRET=1" in result.stdout and "fused=False" in result.stdout
