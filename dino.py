@@ -250,53 +250,103 @@ def photometric_draws(kind, rng):
 
 def recolour(x, draws, order):
     """uint8 (N, 3, S, S), draws (N, 8) -> float (N, 3, S, S): flip, jitter, grey, blur, solarize, normalise."""
+    if x.device.type == "cpu" and x.numel() > IN_CACHE:
+        n = max(1, IN_CACHE // x[0].numel())
+        return torch.cat([recolour(*part, order) for part in zip(x.split(n), draws.split(n), strict=True)])
     flip, brightness, contrast, saturation, hue, grey, sigma, solarize = draws.view(-1, 8, 1, 1, 1).unbind(1)
-    jitter = (                                                      # Pillow's ops, without its rounding in between
-        lambda x: (x * brightness).clamp(0, 255),
-        lambda x: torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, contrast).clamp(0, 255),
-        lambda x: torch.lerp(luma(x), x, saturation).clamp(0, 255),
-        lambda x: shift_hue(x, hue),
-    )
-    x = torch.where(flip > 0, x.flip(-1), x).float()
-    for k in order:
-        x = jitter[k](x)
-    x = torch.where(grey > 0, luma(x), x)
-    x = blur(x, sigma)
-    x = torch.where((solarize > 0) & (x >= 128), 255 - x, x)
+
+    def jitter(x, *amounts):
+        for k in order:
+            x = JITTER[k](x, amounts[k])
+        return x
+
+    x = where(flip > 0, lambda x: x.flip(-1), x.float())
+    x = where((brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0), jitter, x,
+              brightness, contrast, saturation, hue)
+    x = where(grey > 0, lambda x: luma(x).expand_as(x), x)
+    x = where(sigma > 0, blur if x.device.type == "cpu" else blur_by_matrix, x, sigma)
+    x = where(solarize > 0, lambda x: torch.where(x >= 128, 255 - x, x), x)
     return normalize(x)
+
+
+IN_CACHE = 2**19    # numbers that a CPU recolours at a time: each operation is a pass over them
+
+
+def where(need, op, x, *amounts):
+    """op(x, *amounts) for the crops in `need` (N, 1, 1, 1), x for the others. On a CPU x itself changes.
+
+    A CPU picks the crops that need it. On a GPU that would make the host wait to learn how many: there all go through.
+    """
+    if x.device.type != "cpu":
+        return torch.where(need, op(x, *amounts), x)
+    some = need.flatten().nonzero().flatten()
+    if len(some):
+        x[some] = op(x[some], *(amount[some] for amount in amounts))
+    return x
 
 
 def luma(x):
     """(N, 3, S, S) -> (N, 1, S, S) grey value, ITU-R 601 as in Pillow."""
-    r, g, b = x.unbind(1)
-    return (0.299 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+    r, g, b = x.split(1, 1)
+    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def change_brightness(x, amount):
+    return (x * amount).clamp_(0, 255)
+
+
+def change_contrast(x, amount):
+    mean = luma(x).mean((1, 2, 3), keepdim=True)
+    return (x - mean).mul_(amount).add_(mean).clamp_(0, 255)
+
+
+def change_saturation(x, amount):
+    grey = luma(x)
+    return (x - grey).mul_(amount).add_(grey).clamp_(0, 255)
 
 
 def shift_hue(x, turn):
     """Rotate the hue of (N, 3, S, S) by `turn` (N, 1, 1, 1) in -1..1 of the circle; HSV value and chroma stay.
 
-    HSV hue h in sixths of a turn; channel n of (5, 3, 1) is v - c clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6.
+    With HSV hue h in sixths of a turn, least channel m and chroma c, the channels are m + c times
+    |h - 3| - 1 (red), 2 - |h - 2| (green), 2 - |h - 4| (blue), each clamped to 0..1.
     """
-    (r, g, b), (v, top) = x.unbind(1), x.max(1)
-    c = v - x.amin(1)
-    safe = c + (c == 0)  # grey pixels have no hue; any value gives v back
-    h = torch.where(top == 0, (g - b) / safe, torch.where(top == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    n = torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)   # made there: a copy would make the host wait
-    k = (n + h.unsqueeze(1) + 6 * turn) % 6
-    return v.unsqueeze(1) - c.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    r, g, b = x.split(1, 1)
+    top, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    c = top - least
+    h = torch.where(top == r, g - b, torch.where(top == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
+    h = h.div_(c + (c == 0)).add_(6 * turn)                         # grey pixels have no hue; any value gives m back
+    h.sub_(torch.floor(h / 6), alpha=6)                             # into [0, 6)
+    channels = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
+    return torch.cat([least.addcmul(y.clamp_(0, 1), c) for y in channels], dim=1)
+
+
+JITTER = (change_brightness, change_contrast, change_saturation, shift_hue)     # Pillow's, without its rounding
 
 
 def blur(x, sigma):
-    """Gaussian blur of (N, 3, S, S), sigma (N, 1, 1, 1) in pixels <= 2, 0 = none, edge pixels repeated.
+    """Gaussian blur of (N, 3, S, S), sigma (N, 1, 1, 1) <= 2 pixels, edge pixels repeated: a sum of shifted copies."""
+    size, reach = x.shape[-1], 7                                    # at sigma 2 the rest is 2e-4 of the weight
+    at = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    # sigma 0 becomes 0.01: exp(-5000) is 0 in float32, so the weights are those of the identity
+    weight = torch.exp(-0.5 * (at / sigma.view(-1, 1).clamp_min(0.01)) ** 2)
+    weight = (weight / weight.sum(1, keepdim=True)).view(len(x), -1, 1, 1, 1).unbind(1)
+    for axis, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
+        wide = F.pad(x, pad, mode="replicate")
+        x = weight[reach] * x
+        for k in range(reach):
+            x.addcmul_(weight[k], wide.narrow(axis, k, size))
+            x.addcmul_(weight[k], wide.narrow(axis, 2 * reach - k, size))
+    return x
 
-    Along one axis a blur is a product with a banded S x S matrix: two batched matmuls, one sigma per image.
-    """
-    size, reach = x.shape[-1], 6  # three standard deviations of the widest
+
+def blur_by_matrix(x, sigma):
+    """The same as products with two banded S x S matrices: six times slower on a CPU, few passes for a GPU."""
+    size, reach = x.shape[-1], 7
     at = torch.arange(size, device=x.device, dtype=x.dtype)
     source = torch.arange(-reach, size + reach, device=x.device, dtype=x.dtype)
-    # sigma 0 becomes 0.01: exp(-5000) is 0 in float32, so the matrix is the identity
     weight = torch.exp(-0.5 * ((source[:, None] - at) / sigma.view(-1, 1, 1).clamp_min(0.01)) ** 2)
-    weight /= weight.sum(1, keepdim=True)                           # (N, S + 12, S), columns sum to 1
+    weight /= weight.sum(1, keepdim=True)                           # (N, S + 14, S), columns sum to 1
     band = weight[:, reach:-reach].clone()
     band[:, 0] += weight[:, :reach].sum(1)
     band[:, -1] += weight[:, -reach:].sum(1)
