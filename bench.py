@@ -380,16 +380,24 @@ def doctor(settings, source, multicrop, device, repeats):
 
 
 def main(argv=None):
+    vit.print_any_path()
     args, rest = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
-    rows = globals()[f"bench_{args.what}"](args, rest, device)
-    if args.what != "data":
-        print(table(rows))
-    if args.out:
-        Path(args.out).write_text(json.dumps(dict(
-            bench=args.what, command=sys.argv[1:] if argv is None else list(argv), machine=facts, rows=rows), indent=1))
+    facts, bench = machine(device), dict(operator=bench_operator, attention=bench_attention, step=bench_step,
+                                         data=bench_data)[args.what]
+    try:
+        if args.out:
+            vit.room_for(args.out)
+        print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
+        rows = bench(args, rest, device)
+        if args.what != "data":
+            print(table(rows))
+        if args.out:
+            content = dict(bench=args.what, command=sys.argv[1:] if argv is None else list(argv), machine=facts,
+                           rows=rows)
+            vit.write_whole(args.out, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    except (ValueError, OSError) as error:                            # of a picture or of --out, with its name
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

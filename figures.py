@@ -120,6 +120,8 @@ def check_args(p, args):
         for name in ("count", "size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+        if not 0 <= args.seed < 2**63:
+            p.error(f"--seed {args.seed}: must be at least 0 and below 2^63")
         try:
             args.weights = vit.list_checkpoints(args.weights)
         except OSError as error:
@@ -136,7 +138,7 @@ def font(size):
 
 
 def write(canvas, x, y, text, size=TEXT, anchor="la", fill="black"):
-    ImageDraw.Draw(canvas).text((x, y), text, fill, font(size), anchor)
+    ImageDraw.Draw(canvas).text((x, y), vit.printable(text), fill, font(size), anchor)
 
 
 def wrap(text, size, width):
@@ -197,12 +199,9 @@ def sheet(titles, rows, footer):
 
 
 def save(canvas, out):
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".tmp")
-    canvas.save(half, "PNG", optimize=True)
-    os.replace(half, out)
-    print(f"{out}: {canvas.width} x {canvas.height} pixels, {out.stat().st_size / 1000:.0f} kB")
+    vit.room_for(out)
+    vit.write_whole(out, lambda file: canvas.save(file, "PNG", optimize=True))
+    print(f"{out}: {canvas.width} x {canvas.height} pixels, {os.path.getsize(out) / 1000:.0f} kB")
 
 
 # ------------------------------------------------------------------------------------------- models and pictures
@@ -566,6 +565,7 @@ COMMANDS = {"pca": pca, "attention": attention, "heatmap": heatmap, "curves": cu
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     try:
         COMMANDS[args.command](args)

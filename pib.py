@@ -85,6 +85,8 @@ def check_args(p, args):
         args.workers = 0 if args.data == "shapes" else min(10, os.cpu_count())
     if args.workers < 0:
         p.error(f"--workers {args.workers}: must be at least 0")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
     args.boxes = args.boxes or args.root
     try:
         args.weights = vit.list_checkpoints(args.weights)
@@ -267,11 +269,9 @@ def measure(model, images, args, device):
 
 # ------------------------------------------------------------------------------------------- results
 def write_result(out, result):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".tmp")
-    half.write_text(json.dumps(result) + "\n")
-    os.replace(half, out)
-    print(json.dumps(result), flush=True)
+    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    print(line, flush=True)
 
 
 def print_table(path, means, counts, heads):
@@ -287,7 +287,10 @@ def print_table(path, means, counts, heads):
 
 def evaluate(path, args, device, opened):
     """PiB of one file of weights: prints it and writes the result beside the weights. `opened`: data by grid."""
+    out = Path(args.out or (f"runs/random/pib.{args.data}.s{args.seed}.json" if path == "random" else
+                            f"{path.removesuffix('.pt')}.pib.{args.data}.json"))
     model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    vit.room_for(out)
     grid = model.config.image_size, model.config.patch_size
     if grid not in opened:
         opened[grid] = (Scenes if args.data == "shapes" else Pictures)(model.config, args)
@@ -308,12 +311,11 @@ def evaluate(path, args, device, opened):
                       all_objects=args.all_objects, norm="none" if args.raw else "final norm on every block",
                       hit="patch area overlaps the box", precision=args.amp),
     )
-    default = (f"runs/random/pib.{args.data}.s{args.seed}.json" if path == "random" else
-               f"{path.removesuffix('.pt')}.pib.{args.data}.json")
-    write_result(Path(args.out or default), result)
+    write_result(out, result)
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}
@@ -321,7 +323,7 @@ def main(argv=None):
         try:
             evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            line = str(error).strip().splitlines()[-1]              # a loader process prefixes its traceback
+            line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")      # as a loader process writes it
             sys.exit(line if ": " in line else f"{path}: {line}")
 
 

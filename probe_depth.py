@@ -136,6 +136,8 @@ def check_args(p, args):
     if args.crop and min(args.crop) < 1:
         p.error(f"--crop {args.crop[0]} {args.crop[1]}: must be at least 1")
     args.crop = args.crop and tuple(args.crop)                      # as in RECIPES: the stamp compares them
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
     try:
         args.weights = vit.list_checkpoints(args.weights)
     except OSError as error:
@@ -284,7 +286,7 @@ class Draws:
 def read_list(file, image_root, depth_root):
     """([(picture, depth map)], number of pictures without one) of lines 'picture depth-map-or-None [focal length]'."""
     pairs, without = [], 0
-    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text(errors="surrogateescape").splitlines(), 1):
         names = line.split()
         if len(names) < 2:
             raise ValueError(f"{file}, line {number}: {line!r} names no picture and depth map")
@@ -459,6 +461,10 @@ def train_heads(model, train, val, args, device, file, stamp):
         optimizer.step(); optimizer.zero_grad()
 
         done = t + 1
+        if done == args.iters or not (done % args.log_every and done % args.eval_every and done % args.save_every):
+            if not math.isfinite(total):
+                raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
+                                 f"the features overflow with --amp {args.amp}, or the heads diverge")
         if done % args.log_every == 0 or done == args.iters:
             loss = total / (done - max(start, t // args.log_every * args.log_every))
             left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
@@ -480,19 +486,23 @@ def resume(file, stamp, heads, optimizer):
     else overwritten."""
     if not Path(file).exists():
         return 0, []
-    state = vit.read_checkpoint(file)
-    old = state.get("stamp", {})
-    differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-    if differing and state["iteration"] < old["iters"]:
-        name = differing[0]
-        raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                         "with the old value, remove the file, or give another --out")
-    if differing:
-        return 0, []
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"{file}: going on from iteration {state['iteration']:,}")
-    return state["iteration"], state["history"]
+    try:
+        state = vit.read_checkpoint(file)
+        old = state["stamp"]
+        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+        if differing and state["iteration"] >= old["iters"]:
+            return 0, []
+        if not differing:
+            heads.load_state_dict(state["heads"])
+            optimizer.load_state_dict(state["optimizer"])
+            print(f"{file}: going on from iteration {state['iteration']:,}")
+            return state["iteration"], state["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
+        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
+    name = differing[0]
+    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -562,11 +572,9 @@ def show(values):
 
 
 def write_result(out, result):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".tmp")
-    half.write_text(json.dumps(result) + "\n")
-    os.replace(half, out)
-    print(json.dumps(result), flush=True)
+    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    print(line, flush=True)
 
 
 def best_metrics(history):
@@ -634,7 +642,7 @@ def evaluate(path, args, device, opened):
     )
     stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
                  config=dataclasses.asdict(model.config))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    vit.room_for(out)
     history, drawn = train_heads(model, train, val, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = best_metrics(history)
@@ -653,6 +661,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}
@@ -660,7 +669,8 @@ def main(argv=None):
         try:
             evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            sys.exit(str(error).strip().splitlines()[-1])           # a loader process prefixes its traceback
+            line = str(error).strip().splitlines()[-1]              # a loader process puts its traceback before it
+            sys.exit(line.removeprefix("ValueError: "))
 
 
 if __name__ == "__main__":

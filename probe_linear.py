@@ -101,6 +101,8 @@ def check_args(p, args):
         least = name not in ("workers", "seed", "save_images")
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
     try:
         args.weights = vit.list_checkpoints(args.weights)
     except OSError as error:
@@ -173,6 +175,15 @@ class Draws:
                 yield keys[i:i + self.args.micro_batch]
 
 
+def refuse_loops(images):
+    """ImageFolder follows links: a loop of them, or two to one folder, would count pictures twice or in two classes."""
+    real = {}
+    for folder in sorted({os.path.dirname(path) for path, _ in images.samples}, key=len):
+        first = real.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise ValueError(f"{folder}: is {first} again, through a link; remove the link")
+
+
 def open_data(args, size):
     """(train, val) data sets of (uint8 (3, size, size), label), and the names of the classes."""
     if args.data == "shapes":
@@ -185,12 +196,15 @@ def open_data(args, size):
         except (FileNotFoundError, NotADirectoryError) as error:
             found = sorted(os.listdir(args.root))[:8] if os.path.isdir(args.root) else "no such folder"
             sys.exit(f"{folder}: {error}; {args.root} must hold {TREE}, and holds {found}")
+        refuse_loops(images)
         expected = EXPECTED.get(args.data, {}).get(split, len(images))
         print(f"{args.data} {split}: {len(images):,} images, {len(images.classes):,} classes")
         if len(images) < expected and not args.allow_partial:
             sys.exit(f"{folder}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
         splits.append(images)
     train, val = splits
+    if len(train.classes) == 1:
+        sys.exit(f"{args.root}: one class, {train.classes[0]}; to tell classes apart takes two")
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes")
@@ -277,6 +291,9 @@ def train_heads(model, train, classes, args, device, file, stamp):
         done = t + 1
         if done % args.log_every == 0 or done == args.iters:
             loss = (total / (done - max(start, t // args.log_every * args.log_every))).nan_to_num(math.inf).min()
+            if loss.isinf():
+                raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the features of "
+                                 f"the weights overflow with --amp {args.amp}")
             left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
             print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
                   f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
@@ -291,19 +308,23 @@ def resume(file, stamp, heads, optimizer):
     """Iterations done: 0 without a file. Heads of other settings are refused while unfinished, else overwritten."""
     if not Path(file).exists():
         return 0
-    state = vit.read_checkpoint(file)
-    old = state.get("stamp", {})
-    differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-    if differing and state["iteration"] < old["iters"]:
-        name = differing[0]
-        raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                         "with the old value, remove the file, or give another --out")
-    if differing:
-        return 0
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"{file}: going on from iteration {state['iteration']:,}")
-    return state["iteration"]
+    try:
+        state = vit.read_checkpoint(file)
+        old = state["stamp"]
+        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+        if differing and state["iteration"] >= old["iters"]:
+            return 0
+        if not differing:
+            heads.load_state_dict(state["heads"])
+            optimizer.load_state_dict(state["optimizer"])
+            print(f"{file}: going on from iteration {state['iteration']:,}")
+            return state["iteration"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
+        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
+    name = differing[0]
+    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- k-NN
@@ -334,11 +355,9 @@ def show(values):
 
 
 def write_result(out, result):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".tmp")
-    half.write_text(json.dumps(result) + "\n")
-    os.replace(half, out)
-    print(json.dumps(result), flush=True)
+    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    print(line, flush=True)
 
 
 def grid_metrics(heads, features, labels, args):
@@ -365,9 +384,9 @@ def draw_images(file, images, names, predicted):
         x, y = i % columns * tile, i // columns * (tile + line)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((tile - 4, tile - 4), Image.Resampling.BICUBIC), (x + 2, y))
-        pen.text((x + 4, y + tile - 2), names[label][:22], "black")
+        pen.text((x + 4, y + tile - 2), vit.printable(names[label])[:22], "black")
         if guess != label:
-            pen.text((x + 4, y + tile + 12), f"not {names[guess][:18]}", "red")
+            pen.text((x + 4, y + tile + 12), f"not {vit.printable(names[guess])[:18]}", "red")
     sheet.save(file)
     print(f"{file}: {len(predicted)} val images with label and, where it is wrong, prediction")
 
@@ -382,6 +401,7 @@ def evaluate(path, args, device, opened):
     default = (f"runs/random/linear.{args.data}.s{args.seed}.json" if path == "random" else
                f"{path.removesuffix('.pt')}.linear.{args.data}.json")
     out = Path(args.out or default)
+    vit.room_for(out)
     knn_out = (out if args.knn else out.with_suffix(".knn.json")) if args.out else Path(
         "knn".join(default.rsplit("linear", 1)))
     shared = dict(data=args.data, train=len(train), val=len(val), classes=len(names), size=size,
@@ -396,7 +416,6 @@ def evaluate(path, args, device, opened):
         )
         stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
                      config=dataclasses.asdict(model.config))
-        out.parent.mkdir(parents=True, exist_ok=True)
         heads = train_heads(model, bank or train, len(names), args, device, out.with_suffix(".head.pt"), stamp)
     bank = bank or extract(model, train, args, device)              # last: an interrupted training wants it not at all
     queries = extract(model, val, args, device)
@@ -426,6 +445,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}
@@ -433,7 +453,8 @@ def main(argv=None):
         try:
             evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            sys.exit(str(error).strip().splitlines()[-1])           # a loader process prefixes its traceback
+            line = str(error).strip().splitlines()[-1]              # a loader process puts its traceback before it
+            sys.exit(line.removeprefix("ValueError: "))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def check_args(p, args):
         value, least = getattr(args, name), name not in ("workers", "seed", "save_images")
         if value is not None and value < least:
             p.error(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
     try:
         args.weights = vit.list_checkpoints(args.weights)
     except OSError as error:
@@ -330,7 +332,7 @@ def list_voc(root, split, names):
     folder, pairs = root / "VOCdevkit/VOC2012", []
     file = Path(names or folder / f"ImageSets/Segmentation/{split}.txt")
     kinds = ["SegmentationClassAug", "SegmentationClass"] if names else ["SegmentationClass"]
-    for n, name in enumerate(map(str.strip, file.read_text().split("\n")), 1):
+    for n, name in enumerate(map(str.strip, file.read_text(errors="surrogateescape").split("\n")), 1):
         if not name:
             continue
         masks = [folder / kind / f"{name}.png" for kind in kinds]
@@ -498,6 +500,10 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
         optimizer.step(); optimizer.zero_grad()
 
         done = t + 1
+        if done == args.iters or not (done % args.log_every and done % args.eval_every and done % args.save_every):
+            if not math.isfinite(total):
+                raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
+                                 f"the features overflow with --amp {args.amp}, or the heads diverge")
         if done % args.log_every == 0 or done == args.iters:
             loss = total / (done - max(start, t // args.log_every * args.log_every))
             left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
@@ -523,19 +529,23 @@ def resume(file, stamp, heads, optimizer):
     else overwritten."""
     if not Path(file).exists():
         return 0, []
-    state = vit.read_checkpoint(file)
-    old = state.get("stamp", {})
-    differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-    if differing and state["iteration"] < old["iters"]:
-        name = differing[0]
-        raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                         "with the old value, remove the file, or give another --out")
-    if differing:
-        return 0, []
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"{file}: going on from iteration {state['iteration']:,}")
-    return state["iteration"], state["history"]
+    try:
+        state = vit.read_checkpoint(file)
+        old = state["stamp"]
+        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+        if differing and state["iteration"] >= old["iters"]:
+            return 0, []
+        if not differing:
+            heads.load_state_dict(state["heads"])
+            optimizer.load_state_dict(state["optimizer"])
+            print(f"{file}: going on from iteration {state['iteration']:,}")
+            return state["iteration"], state["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
+        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
+    name = differing[0]
+    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -598,11 +608,9 @@ def show(values):
 
 
 def write_result(out, result):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".tmp")
-    half.write_text(json.dumps(result) + "\n")
-    os.replace(half, out)
-    print(json.dumps(result), flush=True)
+    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    print(line, flush=True)
 
 
 def head_metrics(ious):
@@ -692,7 +700,7 @@ def evaluate(path, args, device, opened):
                  config=dataclasses.asdict(config))
     heads = nn.ModuleList(Head(block, concat, seed, config.dim, len(names)) for block, concat in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    vit.room_for(out)
     history, pictures = train_heads(model, train, val, heads, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = summarize(history, kinds, args)
@@ -707,6 +715,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}
@@ -714,7 +723,8 @@ def main(argv=None):
         try:
             evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            sys.exit(str(error).strip().splitlines()[-1])           # a loader process prefixes its traceback
+            line = str(error).strip().splitlines()[-1]              # a loader process puts its traceback before it
+            sys.exit(line.removeprefix("ValueError: "))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ def make_table(title, columns, results, paper):
 
 
 def collect(results):
+    sha256.cache_clear()                                            # files may have changed since the last call
     counted = last_epochs([r for r in results if not r["left_out"]])
     return dict(
         tables=[make_table("The paper's data sets", REAL, counted, PAPER),
@@ -305,12 +306,15 @@ def main(argv=None):
     try:
         content = collect([read_result(path) for path in find_results(args.results)])
         text = json.dumps(content, indent=1) if args.json else markdown(content)
+        text = text.encode(errors="backslashreplace").decode()      # file names need be no UTF-8
         if args.out:
             half = Path(args.out + ".tmp")
             half.parent.mkdir(parents=True, exist_ok=True)
             half.write_text(text + "\n")
             os.replace(half, args.out)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}; give another --out" if error.filename else str(error))
+    except ValueError as error:
         sys.exit(str(error))
     print(text)
 

@@ -18,6 +18,7 @@ import datetime
 import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -149,11 +150,11 @@ def check_args(p, args):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     counts = "local_crops registers workers seed warmup_epochs warmup_teacher_temp_epochs freeze_last_layer "
     for name in (counts + "min_lr weight_decay weight_decay_end clip_grad").split():
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+        if not 0 <= getattr(args, name) < 2**63:                    # infinity is beyond, too
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative, and below 2^63")
     for name in "student_temp teacher_temp warmup_teacher_temp lr".split():
-        if not getattr(args, name) > 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+        if not 0 < getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive and finite")
     for name in "momentum center_momentum".split():
         if not 0 <= getattr(args, name) <= 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and 1")
@@ -317,6 +318,16 @@ def deaf_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def end_workers(others):
+    """Kill the loader workers that are left. An exiting Python sends its children SIGTERM, to which these are deaf, and
+    waits for them: after an error it would wait for ever."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would report them as lost
+    for child in set(multiprocessing.active_children()) - others:
+        child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
 class Reads:
     """Counts reads and unreadable files of all processes, names each such file once, stops a run that has too many."""
 
@@ -338,16 +349,12 @@ class Reads:
         for name in dict.fromkeys(name for part in parts for name in part[2]):
             if name not in self.reported:
                 self.reported.add(name)
-                log.say(f"unreadable, replaced by another: {printable(name)} ({failed} of {total} reads so far)")
+                log.say(f"unreadable, replaced by another: {vit.printable(name)} ({failed} of {total} reads so far)")
         self.fresh = []
         if failed > 0.01 * total and (total >= 1000 or epoch_over):
-            sys.exit(f"{printable(min(self.reported))}: one of {len(self.reported)} unreadable files; {failed} of "
+            sys.exit(f"{vit.printable(min(self.reported))}: one of {len(self.reported)} unreadable files; {failed} of "
                      f"{total} reads failed, more than 1 %; mend or remove the files named above, then run this again")
         return failed
-
-
-def printable(path):
-    return os.fsencode(path).decode(errors="replace")
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -394,13 +401,29 @@ class Run:
             "args": plain(self.args),
         }
 
-    def load(self, state):
-        for name in ("student", "teacher"):
-            getattr(self, name).backbone.load_state_dict(state[name])
-            getattr(self, name).head.load_state_dict(state[name + "_head"])
-        self.loss.center.copy_(state["center"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+    def load(self, state, path):
+        try:
+            for name in ("student", "teacher"):
+                getattr(self, name).backbone.load_state_dict(state[name])
+                getattr(self, name).head.load_state_dict(state[name + "_head"])
+            self.loss.load_state_dict({"center": state["center"]})
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            for p, moments in self.optimizer.state.items():         # which torch does not compare
+                if any(moment.shape not in (p.shape, ()) for moment in moments.values()):
+                    raise ValueError(f"optimizer state for another shape than {tuple(p.shape)}")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:    # torch's, of foreign states
+            sys.exit(f"{path}: cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
+                     "give another --out, or remove the folder to start over")
+        if not all(p.isfinite().all() for p in (*self.student.parameters(), *self.teacher.parameters(),
+                                                self.loss.center)):
+            sys.exit(f"{path}: cannot be resumed: it holds weights that are not finite; give another --out")
+
+    def check_apart(self):
+        """A teacher that is the student learns nothing, at a loss that looks alive."""
+        teachers = {p.untyped_storage().data_ptr() for p in self.teacher.parameters()}
+        if any(p.untyped_storage().data_ptr() in teachers for p in self.student.parameters()):
+            sys.exit("student and teacher share memory: the teacher must be a copy of the student, not the student")
 
     def watch(self, step, loss, grad_norm):
         """Note the first bad step, on the device: nothing waits for it here."""
@@ -467,8 +490,8 @@ class Log:
         self.path, self.is_main, self.tty = Path(folder) / "log.jsonl", is_main, sys.stdout.isatty()
         if is_main and self.path.exists():                          # drop what a killed run logged after its checkpoint
             kept = []
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):               # a line that the kill cut short
+            for line in self.path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, AttributeError, TypeError):    # a line that the kill cut short
                     if json.loads(line).get("step", 0) <= step:
                         kept.append(line + "\n")
             half = self.path.with_suffix(".tmp")
@@ -665,8 +688,9 @@ def train(args, rank, world, device, stop):
     # networks, loader
     run = Run(args, device)
     if resumed:
-        run.load(resumed)
+        run.load(resumed, out / "checkpoint.pt")
         del resumed
+    run.check_apart()
     model, run.saved = run.student, start
     if world > 1:
         cuda_ids = [device.index] if device.type == "cuda" else None
@@ -730,11 +754,12 @@ def memory(device):
 
 
 def main(argv=None):
+    vit.print_any_path()
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
-    stop = []
+    stop, others = [], set(multiprocessing.active_children())
 
     def note(number, frame):
         stop.append(number)
@@ -755,6 +780,7 @@ def main(argv=None):
             sys.exit(1)                                             # one process of each node says why
         raise
     finally:
+        end_workers(others)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if rank == 0 and sys.stdout.isatty():

@@ -24,11 +24,15 @@ References
 # H heads, D width, P patch side in pixels, G side of the grid that the position embedding is stored for
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
 import math
 import os
+import sys
+import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +60,17 @@ def read_image(path):
             high_byte = np.asarray(image).clip(0, 65535) >> 8       # what Pillow itself does with 16-bit colour
             return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def printable(name):
+    """A path or the name of one as text that can be printed and drawn, also where it is no UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def print_any_path():
+    """Let stdout escape what is no UTF-8 in a path; a run that is fine would end where it is printed."""
+    with contextlib.suppress(AttributeError):                       # a notebook's stdout has no such setting
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def eval_transform(size):
@@ -333,16 +348,35 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; give a checkpoint of train.py or an official DINO .pth")
     try:
-        with torch.serialization.safe_globals(SAFE):
+        check_archive(path)
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                         # what torch thinks of other people's files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                      # the unpickler fails in a dozen ways on other bytes
         refused = str(error).partition("GLOBAL ")[2].split(" ")[0]
         cause = (f"it holds {refused}, and unpickling that could run code" if refused
+                 else str(error) if isinstance(error, Damaged)
                  else f"damaged, or no torch file ({type(error).__name__})")
         raise ValueError(f"{path}: not a checkpoint: {cause}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+class Damaged(Exception):
+    pass
+
+
+def check_archive(path):
+    """What torch.load leaves unchecked: it reads a flipped bit as another weight, and unpacks whatever it is given."""
+    if not zipfile.is_zipfile(path):                                # torch's format before 1.6, or no torch file
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
+        if unpacked > 1.1 * size:
+            raise Damaged(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
+        if archive.testzip():
+            raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
 def infer_config(state):
@@ -393,11 +427,12 @@ def load_backbone(path, which="teacher", device="cpu"):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
     try:
         config = ViTConfig(**content["config"]) if "config" in content else infer_config(state)
-    except (TypeError, ValueError) as error:                        # TypeError: a field that this version does not know
-        raise ValueError(f"{path}: cannot tell the architecture: {error}") from error
-
-    with torch.device("meta"):                                      # no initialisation: slow, and draws random numbers
-        model = VisionTransformer(config).requires_grad_(False).eval()
+        if config.depth > len(state):                               # or a hostile depth would be built block by block
+            raise ValueError(f"depth={config.depth}, with {listed(state)}")
+        with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
+            model = VisionTransformer(config).requires_grad_(False).eval()
+    except (TypeError, ValueError, RuntimeError) as error:          # TypeError: a field that this version does not know
+        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
     expected = model.state_dict()
     shared = [key for key in expected if key in state]
     misfits = {
@@ -410,23 +445,40 @@ def load_backbone(path, which="teacher", device="cpu"):
     if any(misfits.values()):
         raise ValueError(f"{path}: the weights do not fit the model: "
                          + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys))
+    bad = [key for key in expected if not state[key].isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
     model.to_empty(device=device).load_state_dict(state)
     return model
 
 
-def write_checkpoint(path, content):
-    """Whole or not at all: a killed job or a full disk leaves the file that was there. OSError says what to do."""
+def room_for(out):
+    """Make the folder of a file that is to be written; ValueError says what is in the way, before hours are spent."""
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: {error.strerror}; give another --out") from error
+
+
+def write_whole(path, write):
+    """write(binary file), whole or not at all: a killed job or a full disk leaves what was there. OSError says what
+    to do."""
     half = Path(f"{path}.tmp")
     try:
         with half.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
     except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            half.unlink()
         raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
                       "again") from error
+
+
+def write_checkpoint(path, content):
+    write_whole(path, functools.partial(torch.save, content))
 
 
 def list_checkpoints(weights):

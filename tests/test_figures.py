@@ -441,8 +441,8 @@ def test_usage_errors(capsys, flags, message):
     ("pca --weights tiny.pt --images empty", "empty: unreadable"),
     ("attention --weights tiny.pt --images text", "text: unreadable"),
     ("attention --weights tiny.pt --data shapes --block 3", "block 3 does not exist: the model has 0 to 2"),
-    ("pca --weights nan.pt --data shapes", "nan.pt: its features are not finite"),
-    ("attention --weights nan.pt --data shapes", "nan.pt: its features are not finite"),
+    ("pca --weights huge.pt --data shapes", "huge.pt: its features are not finite"),
+    ("attention --weights huge.pt --data shapes", "huge.pt: its features are not finite"),
     (f"pca --weights {'tiny.pt ' * 15} --width 300 --data shapes", "--width 300: too narrow for 16 columns"),
     ("heatmap --results gone.json", "gone.json: No such file"),
     ("heatmap --results text", "text: no result of a probe"),
@@ -467,8 +467,8 @@ def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, flags, message):
     result(tmp_path / "pib.json", 0)
     result(tmp_path / "seg.json", 0, "seg", metrics=dict(heads=[dict(block=0, concat_cls=False, miou=1.0)]))
     state = torch.load(checkpoint, weights_only=True)
-    state["teacher"]["cls_token"][0, 0, 0] = math.nan
-    torch.save(state, tmp_path / "nan.pt")
+    state["teacher"]["cls_token"][0, 0, 0] = 3e38                     # finite, and the features overflow
+    torch.save(state, tmp_path / "huge.pt")
     status, line = exits(capsys, *flags.split())
     assert status == 1 and message in line and "\n" not in line
     assert not list(tmp_path.glob("*.png*"))

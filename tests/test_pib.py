@@ -322,7 +322,6 @@ def cut_short(tmp_path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("break_it, message", [
     (lambda t: (t / "xml/im0.xml").write_text("<annotation><size>"), "xml/im0.xml: no VOC-style boxes"),
     (lambda t: (t / "xml/im0.xml").write_text("<a><object/></a>"), "xml/im0.xml: no VOC-style boxes"),
@@ -335,8 +334,9 @@ def cut_short(tmp_path):
     (cut_short, "im0.png: unreadable"),
     (lambda t: (t / "tiny.pt").write_text("no checkpoint"), "tiny.pt: not a checkpoint"),
 ])
-def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, folder, break_it, message, workers):
+def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, folder, break_it, message):
     break_it(tmp_path)
+    workers = "1" if break_it is cut_short else "0"                   # from a loader process as from this one
     status, line = exits(capsys, "--weights", checkpoint, *folder, "--workers", workers)
     assert status == 1 and "\n" not in line and message in line
     assert not list(tmp_path.glob("*.json"))
@@ -344,7 +344,7 @@ def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, folder, break_it
 
 def test_features_that_are_not_finite_are_refused(checkpoint, folder, capsys):
     state = torch.load(checkpoint, weights_only=True)
-    state["teacher"]["cls_token"][0, 0, 0] = math.nan
+    state["teacher"]["cls_token"][0, 0, 0] = 3e38                     # finite, and the features overflow
     torch.save(state, checkpoint)
     status, line = exits(capsys, "--weights", checkpoint, *folder)
     assert status == 1 and line == f"{checkpoint}: its features are not finite; the weights are damaged"

@@ -709,8 +709,8 @@ def cut_short(root):
     (lambda root: (root / "train_room/rgb_00000.png").unlink(), "nyu_train.txt, line 1: .*_room/rgb_00000.png: no", 0),
     (lambda root: (root / "nyu_train.txt").write_text("a.jpg\n"), "nyu_train.txt, line 1: 'a.jpg' names no", 0),
     (lambda root: (root / "nyu_train.txt").write_text(""), "nyu_train.txt: 0 train images", 0),
-    (zeros, "train_room/sync_depth_00000.png: no valid pixel: depths from 0 to 0 m", 1),
-    (eight_bits, "test_room/sync_depth_00000.png: .*mode L, not a 16-bit depth map", 1),
+    (zeros, "train_room/sync_depth_00000.png: no valid pixel: depths from 0 to 0 m", 0),
+    (eight_bits, "test_room/sync_depth_00000.png: .*mode L, not a 16-bit depth map", 0),
     (narrow, "sync_depth_00000.png: 600x480 pixels, its picture .*rgb_00000.png 640x480", 0),
     (cut_short, "test_room/rgb_00000.png: unreadable", 1),
 ])

@@ -478,7 +478,7 @@ def test_unfinished_heads_of_other_settings_are_refused_and_finished_ones_replac
 
 def test_features_that_are_not_finite_are_refused(few_scenes, checkpoint, capsys):
     state = torch.load(checkpoint, weights_only=True)
-    state["teacher"]["norm.weight"][0] = math.nan
+    state["teacher"]["norm.weight"][0] = 3e38                         # finite, and the features overflow
     torch.save(state, checkpoint)
     status, line = exits(capsys, "--weights", checkpoint, "--knn")
     assert status == 1 and f"{checkpoint}: its features are not finite" in line
@@ -524,14 +524,14 @@ def cut_short(root):
     path.write_bytes(path.read_bytes()[:3000])
 
 
-@pytest.mark.parametrize("knn", [True, False])
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("break_it, data, message", [
-    (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
-    (add_class, "folder", "pictures: violet not in both train/ and val/"),
-    (empty_class, "folder", "train: .*void"),
-    (cut_short, "folder", "val/green/1.png: unreadable"),
-    (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"),
+@pytest.mark.parametrize("break_it, data, message, workers, knn", [
+    *((*case, 0, knn) for knn in (True, False) for case in (
+        (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
+        (add_class, "folder", "pictures: violet not in both train/ and val/"),
+        (empty_class, "folder", "train: .*void"),
+        (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable"),
+        (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"))),
+    (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable", 1, True),
 ])
 def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, break_it, data, message, workers, knn):
     root = draw(tmp_path / "pictures")

@@ -567,7 +567,7 @@ def test_failed_write_ends_the_run_in_one_line(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["weight", "gradient", "centre"])
+@pytest.mark.parametrize("where", ["weight", "gradient", "centre", "input", "teacher's output"])
 @pytest.mark.parametrize("log_every", ["1", "1000"])                # found on a log line, found before a save
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch, where, log_every):
     honest = train.train_step
@@ -580,11 +580,17 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
             run.student.backbone.cls_token.data[0, 0, 0] = math.nan
         elif where == "gradient":
             hook = run.student.head.mlp[0].weight.register_hook(lambda g: g * math.inf)
+        elif where == "input":
+            photometric, bad = multicrop.photometric, torch.tensor(math.nan)
+            multicrop.photometric = lambda *args: [bad + view for view in photometric(*args)]
+        elif where == "teacher's output":
+            hook = run.teacher.head.register_forward_hook(lambda module, args, logits: logits / 0)
         else:
             run.teacher.head.last_layer.weight_g.data[3] = math.inf
         result = honest(run, model, micro_batches, multicrop, step, *rest, **kw)
         if hook:
             hook.remove()
+        multicrop.__dict__.pop("photometric", None)
         return result
 
     monkeypatch.setattr(train, "train_step", planted)
@@ -598,6 +604,33 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
         assert not bad, path
     assert load(good)["step"] == 3
     assert {r["step"] for r in records(tmp_path)} <= set(range(1, 7))
+
+
+def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
+    """The scaler halves its scale in a step that overflows, and skips it; below 1 there is nothing left to try."""
+    model = train.Run(train.parse_args(TINY), torch.device("cpu"))
+    model.args.amp, model.scaler = "fp16", torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.check(tmp_path)
+    for _ in range(3):
+        loss = model.student.backbone.cls_token.sum() * math.inf
+        model.scaler.scale(loss).backward()
+        model.scaler.step(model.optimizer)
+        model.scaler.update()
+    with pytest.raises(SystemExit, match="loss scale fell below 1.*--amp bf16"):
+        model.check(tmp_path)
+    assert model.student.backbone.cls_token.isfinite().all()
+
+
+def test_student_that_is_its_own_teacher_is_refused(tmp_path, monkeypatch):
+    honest = train.Run.__init__
+
+    def planted(self, args, device):
+        honest(self, args, device)
+        self.teacher.backbone.blocks[1].mlp = self.student.backbone.blocks[1].mlp
+    monkeypatch.setattr(train.Run, "__init__", planted)
+    status, message = exits([*TINY, "--out", tmp_path / "run"])
+    assert status == 1 and "student and teacher share memory" in message
+    assert not list(tmp_path.glob("run/*.pt"))
 
 
 # ---- log ------------------------------------------------------------------------------------------------------------

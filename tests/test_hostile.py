@@ -1,0 +1,490 @@
+"""Wrong paths, wrong files, wrong flags, for every script: one clear line, exit status 2 (usage) or 1 (data), nothing
+executed, nothing left behind."""
+import ast
+import dataclasses
+import importlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vit
+
+ROOT = Path(vit.__file__).parent
+CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=32, depth=4, heads=2, attn="entmax15")
+SIZES = ("--dim 32 --depth 2 --heads 2 --patch-size 8 --image-size 32 --local-size 16 --local-crops 1 --out-dim 16 "
+         "--hidden-dim 16 --bottleneck-dim 8 --batch-size 4 --epochs 1 --warmup-epochs 0 --workers 0 "
+         "--warmup-teacher-temp-epochs 0")
+NEW = os.fsdecode(b"caf\xe9")                                         # Latin-1: no UTF-8 name
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder with good weights W.pt and pictures, in which every command runs."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(checkpoint(), "W.pt")
+    draw("pictures", 8)
+    return tmp_path
+
+
+def checkpoint(**changes):
+    weights = vit.VisionTransformer(CONFIG).state_dict()
+    return dict(config=dataclasses.asdict(CONFIG), student=weights, teacher=weights, epoch=3, step=9) | changes
+
+
+def draw(folder, count, size=(40, 30), suffix=".png"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.effect_noise(size, 60).convert("RGB").save(Path(folder, f"{i:02d}{suffix}"))
+
+
+def run(command, capsys):
+    """(exit status, what a shell would show on stderr) of 'script.py flags', in this process."""
+    script, *argv = command.split()
+    capsys.readouterr()
+    try:
+        importlib.import_module(script.removesuffix(".py")).main(argv)
+        status, text = 0, ""
+    except SystemExit as stop:
+        status, text = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
+    return status, capsys.readouterr().err + text
+
+
+def listing():
+    return sorted(str(path) for path in Path(".").rglob("*"))
+
+
+def refused(command, status, message, capsys, may_leave=()):
+    before = listing()
+    got, text = run(command, capsys)
+    assert got == status, f"exit status {got}: {text}"
+    lines = text.strip().splitlines()
+    assert "Traceback" not in text and (len(lines) == 1 or status == 2), text
+    assert re.search(message, lines[-1]), text
+    new = set(listing()) - set(before)
+    assert all(any(Path(path).match(pattern) for pattern in may_leave) for path in new), new
+
+
+# ---- files of weights
+
+class Bomb:
+    """Runs a command when it is unpickled by an unpickler that lets it."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def archive(content, compression=zipfile.ZIP_STORED, more=()):
+    """A file as torch.save writes it, repacked."""
+    buffer, out = io.BytesIO(), io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(out, "w", compression) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+        for name, data in more:
+            target.writestr(name, data)
+    return out.getvalue()
+
+
+def bomb_in_archive():
+    data, out = archive({"teacher": {}}), io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, pickle.dumps(Bomb(), 2) if entry.filename.endswith("data.pkl")
+                            else source.read(entry))
+    return out.getvalue()
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def flipped():
+    data = bytearray(saved(checkpoint()))
+    data[data.find(np.float32(vit.VisionTransformer(CONFIG).norm.weight[0].item()).tobytes() * 8) + 2] ^= 1
+    return bytes(data)
+
+
+def with_nan(which="teacher"):
+    state = checkpoint()
+    state[which] = {key: value.clone() for key, value in state[which].items()}
+    state[which]["norm.bias"][3] = math.nan
+    return state
+
+
+HOSTILE = {
+    "empty": lambda: b"",
+    "text": lambda: b"<html>404 Not Found</html>",
+    "pickle bomb": lambda: pickle.dumps(Bomb()),
+    "pickle bomb in a zip": bomb_in_archive,
+    "foreign object": lambda: saved({"teacher": torch.nn.Linear(2, 2)}),
+    "no dict": lambda: saved([1, 2, 3]),
+    "truncated": lambda: saved(checkpoint())[:-2000],
+    "flipped bit": flipped,
+    "zip bomb": lambda: archive(checkpoint(), zipfile.ZIP_DEFLATED, [("archive/zeros", bytes(10**7))]),
+    "compressed": lambda: archive({"teacher": {"x": torch.zeros(10**5)}}, zipfile.ZIP_DEFLATED),
+    "weights of nothing": lambda: saved({"teacher": {}}),
+    "numbers for weights": lambda: saved(checkpoint(teacher={key: 1 for key in checkpoint()["teacher"]})),
+    "list for weights": lambda: saved(checkpoint(teacher=[1])),
+    "endless depth": lambda: saved(checkpoint(config=dataclasses.asdict(CONFIG) | {"depth": 10**9})),
+    "huge width": lambda: saved(checkpoint(config=dataclasses.asdict(CONFIG) | {"dim": 2 * 10**12})),
+    "text for a width": lambda: saved(checkpoint(config=dataclasses.asdict(CONFIG) | {"dim": "32"})),
+    "fractional width": lambda: saved(checkpoint(config=dataclasses.asdict(CONFIG) | {"dim": 32.0})),
+    "unknown field": lambda: saved(checkpoint(config=dataclasses.asdict(CONFIG) | {"gates": 3})),
+    "config of a list": lambda: saved(checkpoint(config=[1])),
+    "not finite": lambda: saved(with_nan()),
+    "only a student": lambda: saved({key: value for key, value in checkpoint().items() if key != "teacher"}),
+}
+READERS = ["probe_linear.py --knn --weights {}", "probe_seg.py --weights {}", "probe_depth.py --weights {}",
+           "pib.py --weights {}", "figures.py pca --data shapes --weights {}",
+           "figures.py attention --data shapes --weights {}"]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_weights_are_named_and_never_run(kind, capsys):
+    Path("bad.pt").write_bytes(HOSTILE[kind]())
+    for reader in READERS:
+        refused(reader.format("bad.pt"), 1, r"^bad\.pt: ", capsys)
+    refused("probe_linear.py --knn --weights random --like bad.pt", 1, r"^bad\.pt: ", capsys)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE, "of a probe", "foreign optimizer", "not finite in the student"])
+def test_hostile_checkpoint_is_not_resumed(kind, capsys):
+    content = HOSTILE.get(kind) or {
+        "of a probe": lambda: saved(dict(iteration=3, stamp={}, heads={}, optimizer={})),
+        "foreign optimizer": lambda: foreign(
+            lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3))),
+        "not finite in the student": lambda: foreign(lambda state: state["student"]["norm.bias"].fill_(math.inf)),
+    }[kind]
+    data = content()
+    Path("run").mkdir(exist_ok=True)
+    Path("run/checkpoint.pt").write_bytes(data)
+    refused(f"train.py {SIZES} --length 8 --out run", 1, r"^run/checkpoint\.pt: cannot be resumed: .*--out", capsys)
+    assert Path("run/checkpoint.pt").read_bytes() == data and not Path("executed").exists()
+
+
+def foreign(change):
+    """A checkpoint of a run one step before its end, changed."""
+    import train
+    train.main([*SIZES.split(), "--length", "8", "--out", "made"])
+    state = torch.load("made/checkpoint.pt", weights_only=True)
+    change(state)
+    state["step"] = 1
+    state["args"]["out"] = "run"
+    return saved(state)
+
+
+@pytest.mark.parametrize("kind", ["text", "pickle bomb", "truncated", "weights of nothing"])
+@pytest.mark.parametrize("probe", ["linear", "seg", "depth"])
+def test_hostile_heads_are_not_resumed(probe, kind, capsys):
+    Path("W.x.head.pt").write_bytes(HOSTILE[kind]())
+    refused(f"probe_{probe}.py --weights W.pt --out W.x.json --iters 1 --batch-size 2", 1,
+            r"^W\.x\.head\.pt: .*remove it", capsys)
+    assert not Path("executed").exists()
+
+
+# ---- flags: (command, what the line must say); exit status 2
+
+NEGATIVE = r"must (not be negative|be positive|be at least)"
+USAGE = [
+    # train.py
+    *((f"train.py --{flag} -1", NEGATIVE) for flag in (
+        "epochs batch-size accum lr min-lr registers workers seed patch-size image-size local-size local-crops out-dim "
+        "save-every save-steps log-every clip-grad weight-decay teacher-temp freeze-last-layer").split()),
+    *((f"train.py --{flag} 0", r"must be (positive|at least 1)") for flag in (
+        "epochs batch-size accum lr patch-size image-size out-dim save-every log-every dim heads").split()),
+    *((f"train.py --{flag} many", "invalid") for flag in "epochs lr seed".split()),
+    ("train.py --image-size 60", "not a multiple"), ("train.py --local-size 30", "not a multiple"),
+    ("train.py --batch-size 30 --accum 4", "not divisible by"), ("train.py --attn sparsemax", "invalid choice"),
+    ("train.py --arch huge", "invalid choice"), ("train.py --dim 65", "not divisible by heads"),
+    ("train.py --lr nan", "must be positive"), ("train.py --lr inf", "finite"), ("train.py --clip-grad inf", "below"),
+    ("train.py --epochs 1e3", "invalid int"),
+    ("train.py --no-fused", "--attn entmax15"), ("train.py --atn entmax15", "unrecognized"),
+    *((f"{command} --seed {2**63}", "below 2\\^63") for command in (
+        "train.py", "probe_linear.py --weights W.pt", "probe_seg.py --weights W.pt", "probe_depth.py --weights W.pt",
+        "pib.py --weights W.pt", "figures.py pca --weights W.pt --data shapes")),
+    # the probes
+    *((f"probe_{name}.py --weights W.pt --{flag} {value}", "must be at least|invalid")
+      for name in ("linear", "seg", "depth") for flag in ("iters", "batch-size", "workers", "seed", "log-every")
+      for value in (-1, "many")),
+    *((f"probe_{name}.py --weights W.pt --{flag} 0", "must be at least 1")
+      for name in ("linear", "seg", "depth") for flag in ("iters", "batch-size")),
+    *((f"probe_{name}.py", "required: --weights") for name in ("linear", "seg", "depth")),
+    *((f"probe_{name}.py --weights W.pt --data mnist", "invalid choice") for name in ("linear", "seg", "depth")),
+    *((f"probe_{name}.py --weights W.pt --data {data}", "needs --root")
+      for name, data in (("linear", "folder"), ("seg", "voc"), ("depth", "nyu"))),
+    ("probe_seg.py --weights W.pt --blocks first", "must be all, or whole numbers"),
+    ("probe_seg.py --weights W.pt --data voc --root X --crop 0", "must be at least 1"),
+    # pib.py
+    ("pib.py", "required: --weights"), ("pib.py --weights W.pt --max-area 0", "--max-area"),
+    ("pib.py --weights W.pt --max-area nan", "--max-area"), ("pib.py --weights W.pt --batch-size 0", "at least 1"),
+    ("pib.py --weights W.pt --seed -1", "at least 0"), ("pib.py --weights W.pt --workers -1", "at least 0"),
+    ("pib.py --weights W.pt --data folder", "needs --root"), ("pib.py --weights W.pt --data coco", "invalid choice"),
+    # figures.py
+    ("figures.py", "required"), ("figures.py movie", "invalid choice"), ("figures.py pca --weights W.pt", "required"),
+    ("figures.py pca --weights W.pt --data shapes --size 0", "at least 1"),
+    ("figures.py pca --weights W.pt --data shapes --count -1", "at least 1"),
+    ("figures.py pca --weights W.pt --data shapes --width 10", "at least 300"),
+    ("figures.py pca --weights W.pt --data shapes --seed -1", "at least 0"),
+    ("figures.py heatmap --results a.json --range 3 1", "must be the lower one"), ("figures.py curves", "required"),
+    # table1.py, bench.py
+    ("table1.py --jsn", "unrecognized"), ("bench.py", "required"), ("bench.py speed", "invalid choice"),
+    ("bench.py operator --repeats -3", "at least 1"), ("bench.py step --epochs 0", "at least 1"),
+]
+
+
+@pytest.mark.parametrize("command, message", USAGE, ids=lambda value: value if value.startswith(tuple("tpfb")) else "")
+def test_usage(command, message, capsys):
+    refused(command, 2, message, capsys)
+
+
+def test_batch_that_processes_cannot_share(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("train.py --batch-size 32", 2, "32 is not divisible by 3 processes", capsys)
+
+
+# ---- data: (what to make, command, what the line must say); exit status 1
+
+def loop():
+    draw("loop/a", 3)
+    Path("loop/a/again").symlink_to(Path("loop").absolute())
+
+
+def classes(*counts, root="data", size=(40, 30)):
+    """A class folder with so many pictures for each count, the same in train/ and val/."""
+    for split in ("train", "val"):
+        for i, count in enumerate(counts):
+            draw(f"{root}/{split}/class{i}", count, size)
+
+
+def texts(folder="texts", name="{}.jpg"):
+    Path(folder).mkdir(parents=True)
+    for i in range(8):
+        Path(folder, name.format(i)).write_text("no picture")
+
+
+def boxes(folder="boxes", stems=("00", "01"), text=None):
+    Path(folder).mkdir(parents=True)
+    for stem in stems:
+        Path(folder, f"{stem}.xml").write_text(text or (
+            "<annotation><size><width>40</width><height>30</height></size><object><bndbox><xmin>5</xmin><ymin>5</ymin>"
+            "<xmax>20</xmax><ymax>15</ymax></bndbox></object></annotation>"))
+
+
+def voc(pictures=2, labels=None, mask_size=(40, 30)):
+    base = Path("data/VOCdevkit/VOC2012")
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / name).mkdir(parents=True)
+    for i in range(pictures):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(base / f"JPEGImages/{i}.jpg")
+        mask = np.full(mask_size[::-1], labels or i % 3, np.uint8)
+        Image.fromarray(mask).save(base / f"SegmentationClass/{i}.png")
+    for split in ("train", "val"):
+        (base / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{i}\n" for i in range(pictures)))
+
+
+def below_a_file():
+    Path("file").write_text("")
+
+
+KNN = "probe_linear.py --knn --weights W.pt --workers 0"
+SEG = "probe_seg.py --weights W.pt --iters 1 --batch-size 2 --workers 0"
+VOC = f"{SEG} --data voc --root data --allow-partial --crop 32 --short-side 32"
+DEPTH = "probe_depth.py --weights W.pt --iters 1 --batch-size 2 --workers 0"
+PIB = "pib.py --weights W.pt --data folder --workers 0"
+DATA = [
+    # nowhere, nothing, a file where a folder should be
+    *((None, f"{command} nowhere", "(?i)nowhere.*no such") for command in (
+        f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
+        f"{SEG} --data ade20k --root", f"{SEG} --data cityscapes --root", f"{DEPTH} --data nyu --root",
+        f"{DEPTH} --data kitti --root", f"{DEPTH} --data sunrgbd --train-on sunrgbd --root", f"{PIB} --root",
+        "table1.py", "figures.py curves --runs", "figures.py heatmap --results", "bench.py data --data")),
+    *((lambda: Path("void").mkdir(), f"{command} void", "void") for command in (
+        f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
+        f"{SEG} --data ade20k --root", f"{SEG} --data cityscapes --root", f"{DEPTH} --data nyu --root",
+        f"{DEPTH} --data kitti --root", f"{DEPTH} --data sunrgbd --train-on sunrgbd --root", f"{PIB} --root",
+        "table1.py", "figures.py curves --runs", "figures.py heatmap --results", "bench.py data --data",
+        "probe_linear.py --weights", "probe_seg.py --weights", "probe_depth.py --weights", "pib.py --weights",
+        "figures.py pca --data shapes --weights")),
+    *((None, f"{command} pictures/00.png", "00.png") for command in (
+        f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
+        f"{DEPTH} --data nyu --root", f"{PIB} --root", "table1.py", "figures.py heatmap --results",
+        "figures.py curves --runs")),
+    # train.py
+    (None, f"train.py {SIZES} --data pictures --batch-size 16", "pictures: 8 images, fewer than --batch-size 16"),
+    (texts, f"train.py {SIZES} --data texts", "texts/.*unreadable"),
+    (below_a_file, f"train.py {SIZES} --length 8 --out file/run", "^file/run: .*another --out"),
+    (None, f"train.py {SIZES} --length 3", "3 images, fewer than --batch-size 4"),
+    # the linear probe
+    (lambda: classes(4), f"{KNN} --data folder --root data", "data.*one class"),
+    (lambda: [classes(4, 4), draw("data/val/class2", 2)], f"{KNN} --data folder --root data", "class2 not in both"),
+    (lambda: [classes(2, 2), Path("data/val/class0/x.jpg").write_text("no picture")],
+     f"{KNN} --data folder --root data", r"class0/x\.jpg: unreadable"),
+    (lambda: [classes(2, 2), Path("data/train/class0/again").symlink_to(Path("data/train").absolute())],
+     f"{KNN} --data folder --root data", "again/class0: is data/train/class0 again, through a link"),
+    (lambda: classes(0, 2), f"{KNN} --data folder --root data", "class0"),
+    (lambda: classes(2, 2), f"{KNN} --data imagenet --root data", "4 images of 1,281,167; .*--allow-partial"),
+    # the dense probes
+    (voc, f"{SEG} --data voc --root data", "2 train images of 1,464; .*--allow-partial"),
+    (lambda: voc(labels=77), VOC, "holds label 77"), (lambda: voc(mask_size=(30, 40)), VOC, "must be equal"),
+    (lambda: [voc(), Path("data/VOCdevkit/VOC2012/JPEGImages/0.jpg").write_text("no picture")], VOC, "0.jpg: unread"),
+    (lambda: [voc(), Path("data/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n\xff\xfe")],
+     VOC, "val.txt: line 1: caf"),
+    (None, f"{SEG} --blocks 7", "block 7 does not exist"),
+    (below_a_file, f"{SEG} --out file/x.json", "file"), (below_a_file, f"{DEPTH} --out file/x.json", "file"),
+    (below_a_file, f"{KNN} --out file/x.json", "file"),
+    (below_a_file, "probe_linear.py --weights W.pt --iters 1 --out file/x.json", "file"),
+    # pib.py
+    (boxes, f"{PIB} --root pictures --boxes boxes --max-area 0.01", "pictures: no image is left; raise --max-area"),
+    (lambda: boxes(stems=("97",)), f"{PIB} --root pictures --boxes boxes", "none is named like"),
+    (lambda: boxes(text="<annotation>"), f"{PIB} --root pictures --boxes boxes", r"0[01]\.xml: no VOC-style boxes"),
+    (lambda: boxes(text='<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "' + "&b;" * 50 + '">]><annotation>&c;</annotation>'),
+     f"{PIB} --root pictures --boxes boxes", r"0[01]\.xml: no VOC-style boxes"),
+    (lambda: [boxes(), Path("pictures/00.png").write_text("no picture")], f"{PIB} --root pictures --boxes boxes",
+     "00.png: unreadable"),
+    (lambda: [boxes(), draw("pictures/more", 1)], f"{PIB} --root pictures --boxes boxes", "two files of one name"),
+    (below_a_file, "pib.py --weights W.pt --out file/x.json", "file"),
+    # figures.py and table1.py
+    (texts, "figures.py pca --weights W.pt --images texts/0.jpg", "texts/0.jpg: unreadable"),
+    (None, "figures.py pca --weights W.pt --images nowhere.png", "nowhere.png: unreadable"),
+    (None, "figures.py attention --weights W.pt --data shapes --block 9", "block 9 does not exist"),
+    (below_a_file, "figures.py pca --weights W.pt --data shapes --count 1 --out file/x.png", "file"),
+    *((lambda text=text: Path("x.linear.shapes.json").write_text(text), f"{command} x.linear.shapes.json",
+       r"x\.linear\.shapes\.json") for text in ("", "{", "[]", "{}", '{"probe": "linear"}', "null", "\x00")
+      for command in ("table1.py", "figures.py heatmap --results")),
+    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text("text")], "figures.py curves --runs r", "r/log.jsonl"),
+    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text('{"args": 1}\n')], "figures.py curves --runs r", "r"),
+    # bench.py
+    (texts, f"bench.py data {SIZES} --data texts --repeats 1", "texts/"),
+    (below_a_file, "bench.py operator --repeats 1 --out file/x.json", "file"),
+]
+
+
+@pytest.mark.parametrize("make, command, message", DATA, ids=[command[:90] for _, command, _ in DATA])
+def test_data(make, command, message, capsys):
+    if make:
+        make()
+    begun = ["runs", "runs/*", "runs/*/log.jsonl", "runs/*/checkpoint*.pt"]       # bad pictures show in the first epoch
+    refused(command, 1, message, capsys, may_leave=begun if command.endswith("--data texts") else ())
+
+
+def test_odd_data_that_is_no_error(capsys):
+    """Symlink loops, names that are no UTF-8, pictures smaller than a patch work, and every picture counts once."""
+    loop()
+    assert run(f"train.py {SIZES} --data loop/a --batch-size 3 --out looped", capsys) == (0, "")
+    assert torch.load("looped/checkpoint.pt", weights_only=True)["args"]["images"] == 3
+    draw(f"odd/train/{NEW}0", 2, (3, 2)), draw(f"odd/train/{NEW}1", 2, (3, 2))
+    draw(f"odd/val/{NEW}0", 1, (3, 2)), draw(f"odd/val/{NEW}1", 1, (3, 2))
+    os.rename("W.pt", f"{NEW}.pt")
+    for command in (f"train.py {SIZES} --data odd --out odd_run",
+                    f"probe_linear.py --weights {NEW}.pt --data folder --root odd --iters 1 --batch-size 2 --workers 0 "
+                    "--save-images 2",
+                    f"pib.py --weights {NEW}.pt", f"probe_seg.py --weights {NEW}.pt --iters 1 --batch-size 2",
+                    f"probe_depth.py --weights {NEW}.pt --iters 1 --batch-size 2",
+                    f"figures.py pca --weights {NEW}.pt --images odd/val/{NEW}0/00.png",
+                    f"figures.py attention --weights {NEW}.pt --images odd/val/{NEW}0/00.png"):
+        assert run(command, capsys) == (0, ""), command
+    results = sorted(Path(".").glob("*.json"))
+    assert len(results) == 5 and all(json.loads(path.read_text())["weights"] == f"{NEW}.pt" for path in results)
+    assert run("table1.py . --out table.md", capsys) == (0, "") and Path("table.md").exists()
+
+
+# ---- in a process of its own
+
+@pytest.mark.parametrize("command, status, message", [
+    ("train.py --data nowhere", 1, "nowhere: no such"),
+    ("probe_linear.py --weights nowhere.pt", 1, "nowhere.pt: no such file"),
+    ("probe_seg.py --weights nowhere.pt", 1, "nowhere.pt: no such file"),
+    ("probe_depth.py --weights nowhere.pt", 1, "nowhere.pt: no such file"),
+    ("pib.py --weights nowhere.pt", 1, "nowhere.pt: no such file"),
+    ("figures.py pca --data shapes --weights nowhere.pt", 1, "nowhere.pt: no such file"),
+    ("table1.py nowhere", 1, "nowhere"), ("bench.py operator --repeats 0", 2, "--repeats 0"),
+])
+def test_a_real_process(command, status, message):
+    script, *argv = command.split()
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status and message in lines[-1] and "Traceback" not in done.stderr
+    assert done.stdout == "" and (len(lines) == 1 or status == 2)
+
+
+# ---- numbers that would look right
+
+def overflowing(amount):
+    """Finite weights whose features are not."""
+    state = checkpoint()
+    state["teacher"] = {key: value.clone() for key, value in state["teacher"].items()}
+    state["teacher"]["blocks.0.mlp.fc1.weight"][:] = amount           # too large a number for fp16, or its products are
+    return state
+
+
+@pytest.mark.parametrize("amount, amp", [(3e38, "off"), (1e5, "fp16")])
+@pytest.mark.parametrize("command", [
+    "probe_linear.py --knn --weights huge.pt", "probe_linear.py --iters 3 --batch-size 8 --weights huge.pt",
+    "probe_seg.py --iters 3 --batch-size 8 --weights huge.pt",
+    "probe_depth.py --iters 3 --batch-size 8 --weights huge.pt",
+    "pib.py --weights huge.pt", "figures.py pca --data shapes --weights huge.pt",
+    "figures.py attention --data shapes --weights huge.pt"])
+def test_features_that_overflow_give_no_number(command, amount, amp, capsys):
+    if amp == "fp16" and not command.startswith(("probe", "pib")):
+        return                                                        # the figures have no --amp
+    torch.save(overflowing(amount), "huge.pt")
+    flags = "" if command.startswith("figures") else f" --amp {amp}"
+    refused(command + flags, 1, r"^huge\.([a-z]+\.shapes\.head\.)?pt: .*not finite", capsys)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_weights_of_the_other_network_are_not_taken_for_them(which, capsys):
+    other = {"teacher": "student", "student": "teacher"}[which]
+    torch.save({key: value for key, value in checkpoint().items() if key != which}, "half.pt")
+    for reader in READERS:
+        refused(reader.format("half.pt") + f" --which {which}", 1, f"^half.pt: holds no {which} weights", capsys)
+    assert run(f"pib.py --weights half.pt --which {other}", capsys) == (0, "")
+
+
+def test_result_beside_changed_weights_enters_no_table(capsys):
+    assert run("probe_linear.py --knn --weights W.pt", capsys) == (0, "")
+    assert run("table1.py .", capsys) == (0, "")
+    torch.save(checkpoint(epoch=4), "W.pt")
+    refused("table1.py .", 1, r"W\.pt", capsys)
+
+
+# ---- what the sources never do
+
+def test_sources_neither_evaluate_nor_download_nor_listen():
+    """No eval or exec, no shell, no pickle, no unsafe torch.load, no network module, no torch.hub."""
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+                for name in names:
+                    assert name.partition(".")[0] not in {
+                        "pickle", "socket", "urllib", "http", "requests", "ftplib", "socketserver", "shelve", "marshal",
+                        "dill", "joblib"}, where
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}, where
+                assert not name.startswith(("torch.hub", "os.exec", "os.spawn")), where
+                for keyword in node.keywords:
+                    assert keyword.arg != "shell", where
+                    assert keyword.arg != "weights_only" or ast.unparse(keyword.value) == "True", where
+                if name in ("torch.load", "np.load", "numpy.load"):
+                    assert any(keyword.arg == "weights_only" for keyword in node.keywords), where
+                if name in ("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output"):
+                    assert isinstance(node.args[0], ast.List), where          # no text for a shell to read
