@@ -201,23 +201,32 @@ def test_killed_while_writing_a_checkpoint_nothing_is_lost(uninterrupted, counts
 
 
 def test_stopped_by_sigterm_and_ctrl_c(uninterrupted, counts):
-    (reference, seconds), draw, stops = uninterrupted, random.Random(2), 0
-    for i in range(3 * MANY):
-        out, status = Path(f"run{i}"), None
-        number = draw.choice((signal.SIGTERM, signal.SIGINT))
-        while status != 0:
-            child = Child(out)
-            time.sleep(draw.uniform(0.2, 1.0) * seconds)
-            child.process.is_alive() and os.kill(child.process.pid, number)
-            status = child.status()
-            # before the handler is set, and after it is given back, the signal does what it always does
-            assert status in (0, 128 + number, -number, 1), child.text()
-            if status == 128 + number:
-                stops += 1
-                assert f"stopped by signal {int(number)}" in child.text() and "Traceback" not in child.text()
-            assert_intact(out)
-        assert_as_uninterrupted(out, reference)
-    counts["SIGTERM and Ctrl-C: stops"] = stops
+    """A run that is asked to end saves first, says so and exits with 128 + the signal; again and again, if need be."""
+    (reference, seconds), draw, stops = uninterrupted, random.Random(2), {signal.SIGTERM: 0, signal.SIGINT: 0}
+    for i in range(2 * MANY):
+        for number in stops:
+            out, status = Path(f"run{i}_{number.name}"), None
+            while status != 0:
+                child, log = Child(out), out / "log.jsonl"
+                lines = log.read_bytes().count(b"\n") if log.exists() else 0
+                while child.process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") > lines + 1):
+                    time.sleep(0.002)                                 # until it trains
+                time.sleep(draw.uniform(0, 0.5) * seconds)
+                child.process.is_alive() and os.kill(child.process.pid, number)
+                status = child.status()
+                if status == -number:                                 # it had ended, and given the signal back
+                    assert load(out / "checkpoint.pt")["step"] == 48
+                    continue
+                assert status in (0, 128 + number), child.text()
+                if status:
+                    stops[number] += 1
+                    step = load(out / "checkpoint.pt")["step"]
+                    assert f"stopped by signal {int(number)} after step {step}, saved" in child.text()
+                    assert "Traceback" not in child.text()
+                assert_intact(out)
+            assert_as_uninterrupted(out, reference)
+    assert min(stops.values()) > 0
+    counts["SIGTERM and Ctrl-C: stops"] = sum(stops.values())
 
 
 # ---- disks
