@@ -556,8 +556,13 @@ def setup_distributed():
         sys.exit(f"--nproc-per-node: process {device.index} has no GPU, this machine has {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun hands out the store to which the dead processes wrote their addresses, and the new
+        # ones may look there first (pytorch issue 135712). Agents of several nodes may have restarted unequally often.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 def schedules(args, step, per_epoch):
@@ -694,7 +699,7 @@ def train(args, rank, world, device, stop):
     model, run.saved = run.student, start
     if world > 1:
         cuda_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(run.student, device_ids=cuda_ids, broadcast_buffers=False)
+        model = DistributedDataParallel(run.student, device_ids=cuda_ids)
     multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     loader = iter(DataLoader(
         Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),
