@@ -46,7 +46,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("what", choices=["operator", "attention", "step", "data"])
-    p.add_argument("--repeats", type=int, default=25, help="rounds; of step and data a fifth")
+    p.add_argument("--repeats", type=int, default=25, help="rounds; fewer of step and data")
     p.add_argument("--compiled", action="store_true", help="also what torch.compile makes of operator and attention")
     p.add_argument("--profile", action="store_true", help="step: where the time of one step goes")
     p.add_argument("--out", help="also write the numbers to this file, as JSON")

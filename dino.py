@@ -181,7 +181,7 @@ def ema_update(teacher, student, momentum):
 # ------------------------------------------------------------------------------------------- multi-crop
 # The augmentation of Caron et al. in two halves. Cutting a crop needs the decoded picture and shrinks it, so it stays
 # with the loader's workers. All the rest is arithmetic on small uint8 crops and runs batched on the device; its random
-# numbers, one row per crop, are drawn in the worker so that an image's views depend on (seed, epoch, index) alone.
+# numbers, one row per crop, are drawn in the worker, from (seed, epoch, index) alone.
 DRAWS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma", "solarize")
 BLUR_P = {"global1": 1.0, "global2": 0.1, "local": 0.5}
 SOLARIZE_P = {"global1": 0.0, "global2": 0.2, "local": 0.0}

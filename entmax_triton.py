@@ -1,4 +1,4 @@
-"""Entmax-1.5 attention in one CUDA kernel: no (T, T) array ever leaves the chip. `entmax.entmax15_attention` calls it.
+"""Entmax-1.5 attention on CUDA, fused: no (T, T) array ever leaves the chip. `entmax.entmax15_attention` calls it.
 
     out = entmax15_attention(q, k, v)       # on CUDA; with fused=False it is the four lines of entmax.py
 
@@ -19,7 +19,8 @@ With z the scores, u = [z/2 - tau]_+ and p = u^2 (entmax.py derives both lines),
 
 What the forward pass leaves for the backward pass is tau: max z/2 and tau - max z/2, two floats a row, as their sum
 alone would round tau by an ulp of the largest score. The pass over queries leaves delta for that over keys. No atomics
-are used, so the bits repeat. Scores, u and sums are float32; p and dz are rounded to the type of v before a product.
+are used, so the bits repeat. Scores, u and sums are float32; p and dz are rounded to the type of v before a product, as
+in FlashAttention.
 
 TRITON_INTERPRET=1, set before anything imports triton, runs all of this on the CPU, which is how it is tested there.
 
@@ -36,9 +37,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def supports(q, k, v):
-    """Whether the kernel computes this: q, k, v of one shape and type, T <= 2048 tokens, 16 <= D <= 128."""
-    return (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
-            and 0 < q.size(-2) <= LONGEST and 16 <= q.size(-1) <= 128)
+    """Whether the kernel computes this: q, k, v of one shape (B, H, T, D) and type, T <= 2048, 16 <= D <= 128."""
+    return (q.ndim == 4 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
+            and q.device == k.device == v.device and 0 < q.size(-2) <= LONGEST and 16 <= q.size(-1) <= 128)
 
 
 # ---- tiles of arrays (B, H, T, D) with any strides but the last, which is 1
@@ -80,9 +81,25 @@ def by_rows(x, a, i, stride_a, b, j, stride_b, T, D: tl.constexpr, DP: tl.conste
     return y
 
 
-# ---- the three passes
+@triton.jit
+def positive(x):
+    """[x]_+ where NaN stays NaN; a plain maximum would hide that q or k has overflowed."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
 
 @triton.jit
+def roots(half, inside, top, shift):
+    """u of the scores again, in the backward pass, rounded as the forward pass rounds.
+
+    The choice between product and difference is there for this too: the compiler would contract them into one fused
+    multiply-add, and tau, which stands apart from the maximum for the sake of an ulp, would meet other scores.
+    """
+    return positive(tl.where(inside, half, float("-inf")) - top - shift)
+
+
+# ---- the three passes; H, T and rows change from batch to batch and shall not compile anew
+
+@triton.jit(do_not_specialize=["H", "T", "rows"])
 def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, rows, scale,
                    STEPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    TILES: tl.constexpr):
@@ -105,7 +122,7 @@ def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh
     for _ in range(STEPS):
         s, sq = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         for j in tl.static_range(TILES):
-            u = tl.maximum(below[j] - shift[:, None], 0.0)
+            u = positive(below[j] - shift[:, None])
             s += u
             sq += u * u
         total = tl.sum(sq, 1)
@@ -113,7 +130,7 @@ def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh
 
     y = tl.zeros((BM, DP), tl.float32)
     for j in tl.static_range(TILES):
-        u = tl.maximum(below[j] - shift[:, None], 0.0)
+        u = positive(below[j] - shift[:, None])
         values = tile(v, j * BN, vt, T, D, BN, DP)
         y += dot((u * u).to(values.dtype), values)
     put(start(out, head, H, ob, oh), y, i, ot, T, D, BM, DP)
@@ -123,7 +140,7 @@ def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh
     tl.store(tau + rows + at, shift, mask=at < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "rows"])
 def queries_kernel(q, k, v, dout, tau, delta, dq, qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot,
                    H, T, rows, scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    TILES: tl.constexpr):
@@ -140,24 +157,24 @@ def queries_kernel(q, k, v, dout, tau, delta, dq, qb, qh, qt, kb, kh, kt, vb, vh
     for t in range(TILES):
         j = t * BN
         half = by_rows(x, q, i, qt, k, j, kt, T, D, DP, BM, BN) * (scale / 2)
-        u = tl.maximum(half - top[:, None] - shift[:, None], 0.0)
-        u = tl.where(j + tl.arange(0, BN)[None, :] < T, u, 0.0)
+        u = roots(half, j + tl.arange(0, BN)[None, :] < T, top[:, None], shift[:, None])
         s, udp = s + u, udp + u * by_rows(g, dout, i, gt, v, j, vt, T, D, DP, BM, BN)
-    correction = tl.sum(udp, 1) / tl.sum(s, 1)
+    s = tl.sum(s, 1)
+    correction = tl.sum(udp, 1) / tl.where(s == 0, 1.0, s)            # 0 if a score of 1e7 was not met again to an ulp
     tl.store(delta + head.to(tl.int64) * T + at, correction, mask=at < T)
 
     y = tl.zeros((BM, DP), tl.float32)
-    for t in range(TILES):                                            # keys beyond T are zeros: they add nothing here
+    for t in range(TILES):
         j = t * BN
         half = by_rows(x, q, i, qt, k, j, kt, T, D, DP, BM, BN) * (scale / 2)
-        u = tl.maximum(half - top[:, None] - shift[:, None], 0.0)
+        u = roots(half, j + tl.arange(0, BN)[None, :] < T, top[:, None], shift[:, None])
         dp = by_rows(g, dout, i, gt, v, j, vt, T, D, DP, BM, BN)
         keys = tile(k, j, kt, T, D, BN, DP)
         y += dot((u * (dp - correction[:, None])).to(keys.dtype), keys)
     put(start(dq, head, H, ob, oh), y * scale, i, ot, T, D, BM, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "rows"])
 def keys_kernel(q, k, v, dout, tau, delta, dk, dv, qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ob, oh, ot,
                 H, T, rows, scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 TILES: tl.constexpr):
@@ -174,11 +191,11 @@ def keys_kernel(q, k, v, dout, tau, delta, dk, dv, qb, qh, qt, kb, kh, kt, vb, v
     for t in range(TILES):
         i = t * BN
         at = i + tl.arange(0, BN)
-        top = tl.load(tau + at, mask=at < T, other=float("inf"))      # queries beyond T weigh nothing
+        top = tl.load(tau + at, mask=at < T, other=0.0)
         shift = tl.load(tau + rows + at, mask=at < T, other=0.0)
         correction = tl.load(delta + at, mask=at < T, other=0.0)
         half = by_rows(keys, k, j, kt, q, i, qt, T, D, DP, BM, BN) * (scale / 2)
-        u = tl.maximum(half - top[None, :] - shift[None, :], 0.0)
+        u = roots(half, at[None, :] < T, top[None, :], shift[None, :])     # queries beyond T weigh nothing
         dp = by_rows(values, v, j, vt, dout, i, gt, T, D, DP, BM, BN)
         g, queries = tile(dout, i, gt, T, D, BN, DP), tile(q, i, qt, T, D, BN, DP)
         y += dot((u * u).to(g.dtype), g)
@@ -200,7 +217,7 @@ def sizes(q):
         return (16, 32 if T <= 512 else 64, 8), (32, 16, 4), (32, 16, 4)
     warps = 4 if D <= 64 else 8
     forward = (64, 64, warps) if T <= 64 else (64, 32, warps) if T <= 256 else (32, 64, 8) if T <= 512 else (16, 64, 8)
-    return forward, (64, 64, warps), (64, 32, warps)
+    return forward, (64, 64 if D <= 64 else 32, warps), (64, 32, warps)
 
 
 def like(q):
@@ -210,8 +227,8 @@ def like(q):
 
 
 def rowwise(x):
-    """x itself, or a copy if the numbers of a row are not neighbours."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x itself, or a copy if the numbers of a row are not neighbours, or rows lie too far apart for 32 bits."""
+    return x if x.stride(-1) == 1 and x.size(2) * x.stride(2) < 2**31 else x.contiguous()
 
 
 def launch(kernel, tensors, strided, size, **constants):
@@ -225,7 +242,7 @@ def launch(kernel, tensors, strided, size, **constants):
     with torch.cuda.device_of(q):
         kernel[(B * H * triton.cdiv(T, BM),)](
             *tensors, *strides, H, T, B * H * T, D**-0.5, D=D, DP=triton.next_power_of_2(D), BM=BM, BN=BN,
-            TILES=triton.cdiv(T, BN), num_warps=warps, **constants)
+            TILES=triton.cdiv(T, BN), num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 @torch.library.custom_op("entmax15::attention", mutates_args=())
