@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The exact commands behind every table and figure, from nothing to results/.
 #
-#     ./reproduce.sh                                        the embedded data set: about an hour on two CPU cores
+#     ./reproduce.sh                                        the embedded data set: about 45 minutes on two CPU cores
 #     IMAGENET=DIR VOC=DIR NYU=DIR GPUS=8 ./reproduce.sh    the paper's protocol, with the probes whose data are given
 #
 # Stop it and start it again: a training goes on from its last save, a probe from its heads, and what is finished is
