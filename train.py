@@ -1,6 +1,6 @@
 """Pretrain a ViT with DINO; softmax or entmax-1.5 attention, registers, CLS/patch specialization.
 
-    torchrun train.py --attn entmax15                                       embedded shapes: three minutes, two CPU cores
+    torchrun train.py --attn entmax15                                       embedded shapes: 3 minutes on two CPU cores
     torchrun --nproc-per-node 8 train.py --attn entmax15 --data IMAGENET    the paper's: ViT-S/16, 200 epochs
 
 One process without torchrun, many with it, several nodes: the same code, and for the same --batch-size the same loss.
