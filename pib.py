@@ -196,8 +196,9 @@ def by_stem(folder, suffixes):
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: no such folder")
     found = {}
-    for directory, _, names in os.walk(folder):
-        for name in names:
+    for directory, below, names in os.walk(folder):
+        below.sort()
+        for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes:
                 path = os.path.join(directory, name)

@@ -178,7 +178,7 @@ class Draws:
 def refuse_loops(images):
     """ImageFolder follows links: a loop of them, or two to one folder, would count pictures twice or in two classes."""
     real = {}
-    for folder in sorted({os.path.dirname(path) for path, _ in images.samples}, key=len):
+    for folder in sorted({os.path.dirname(path) for path, _ in images.samples}, key=lambda name: (len(name), name)):
         first = real.setdefault(os.path.realpath(folder), folder)
         if first != folder:
             raise ValueError(f"{folder}: is {first} again, through a link; remove the link")
