@@ -345,28 +345,30 @@ def doctor(settings, source, multicrop, device, repeats):
                                batch_sampler=train.Batches(len(source), settings, 0, 1, 0), collate_fn=train.collate,
                                worker_init_fn=train.deaf_worker, pin_memory=device.type == "cuda"))
 
-    def rate(f):
+    def rate(what, f, n=2 * workers + 1):                             # more batches than may lie ready
         seconds = []
         for i in range(repeats + 1):
             start = time.perf_counter()
-            for _ in range(2 * workers + 1):                          # more than the batches that may lie ready
+            for _ in range(n):
                 f()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if i:                                                     # the first round warms up
-                seconds.append((time.perf_counter() - start) / (2 * workers + 1))
-        return settings.batch_size / statistics.median(seconds)
+                seconds.append((time.perf_counter() - start) / n)
+        speed = settings.batch_size / statistics.median(seconds)
+        print(f"{what}: {speed:.3g} images/s", flush=True)            # each takes minutes where the model is slow
+        return speed
 
     loader, number = batches(), iter(range(10**9))
-    alone = rate(lambda: [next(loader) for _ in range(accum)])
+    alone = rate(f"loader alone, --workers {workers}", lambda: [next(loader) for _ in range(accum)])
     step, run = stepper(settings, device)
-    busy = rate(step)
+    busy = rate(f"step alone, {device}", step, n=1)
     loader = batches()
 
     def both():
         i, micro = next(number), [next(loader)[:-1] for _ in range(accum)]
         train.train_step(run, run.student, micro, multicrop, i, 0, train.schedules(settings, i, 1000), freeze=False)
-    together = rate(both)
+    together = rate(f"both, {os.cpu_count()} cores", both)
     if workers == 0:
         verdict = "the loader runs inside the training process, so their times add up: give --workers 1 or more"
     elif alone >= busy:
@@ -374,8 +376,7 @@ def doctor(settings, source, multicrop, device, repeats):
     else:
         verdict = (f"the loader is the limit: {math.ceil(busy / (alone / workers))} workers, on as many idle cores, "
                    "would keep up with the step")
-    print(f"loader alone {alone:.3g} images/s (--workers {workers}), step alone {busy:.3g}, both {together:.3g}; "
-          f"{os.cpu_count()} cores and {device}\n{verdict}")
+    print(verdict)
     return dict(case="doctor", loader=alone, step=busy, both=together, workers=workers, verdict=verdict)
 
 
