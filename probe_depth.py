@@ -443,7 +443,7 @@ def train_heads(model, train, val, args, device, file, stamp):
     most = MAX_DEPTH[args.data]
     heads = nn.ModuleList(Head(model.config.dim, most, args.seed + k) for k in range(args.seeds)).to(device)
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
-    start, history = resume(file, stamp, heads, optimizer)
+    start, history = vit.resume_heads(file, stamp, heads, optimizer)
     if start == args.iters:
         return history, []
     if args.data == "shapes":
@@ -479,30 +479,6 @@ def train_heads(model, train, val, args, device, file, stamp):
             vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict(), history=history))
     return history, drawn
-
-
-def resume(file, stamp, heads, optimizer):
-    """Iterations done and history: 0 and none without a file. Heads of other settings are refused while unfinished,
-    else overwritten."""
-    if not Path(file).exists():
-        return 0, []
-    try:
-        state = vit.read_checkpoint(file)
-        old = state["stamp"]
-        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-        if differing and state["iteration"] >= old["iters"]:
-            return 0, []
-        if not differing:
-            heads.load_state_dict(state["heads"])
-            optimizer.load_state_dict(state["optimizer"])
-            print(f"{file}: going on from iteration {state['iteration']:,}")
-            return state["iteration"], state["history"]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
-        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
-    name = differing[0]
-    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- evaluation

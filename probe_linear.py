@@ -275,7 +275,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
     """The heads after --iters iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
     heads = Heads(model.config.dim, classes, range(args.seed, args.seed + args.seeds)).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    start = resume(file, stamp, heads, optimizer)
+    start, _ = vit.resume_heads(file, stamp, heads, optimizer)
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
     stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
@@ -299,32 +299,9 @@ def train_heads(model, train, classes, args, device, file, stamp):
                   f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
             total = 0
         if done % args.save_every == 0 or done == args.iters:
-            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[], heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict()))
     return heads
-
-
-def resume(file, stamp, heads, optimizer):
-    """Iterations done: 0 without a file. Heads of other settings are refused while unfinished, else overwritten."""
-    if not Path(file).exists():
-        return 0
-    try:
-        state = vit.read_checkpoint(file)
-        old = state["stamp"]
-        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-        if differing and state["iteration"] >= old["iters"]:
-            return 0
-        if not differing:
-            heads.load_state_dict(state["heads"])
-            optimizer.load_state_dict(state["optimizer"])
-            print(f"{file}: going on from iteration {state['iteration']:,}")
-            return state["iteration"]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
-        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
-    name = differing[0]
-    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- k-NN

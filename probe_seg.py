@@ -485,7 +485,7 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
     on from `file` if it is there. `stamp`: all that the heads depend on."""
     blocks = sorted({head.block for head in heads})
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=WEIGHT_DECAY)
-    (start, history), pictures = resume(file, stamp, heads, optimizer), []
+    (start, history), pictures = vit.resume_heads(file, stamp, heads, optimizer), []
     if start < args.iters and args.data == "shapes":                # not augmented: features are computed once
         train = extract(model, train, blocks, args, device)
         val = list(val_views(model, val, blocks, args, device))
@@ -522,30 +522,6 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
             vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict(), history=history))
     return history, pictures
-
-
-def resume(file, stamp, heads, optimizer):
-    """(iterations done, evaluations): (0, []) without a file. Heads of other settings are refused while unfinished,
-    else overwritten."""
-    if not Path(file).exists():
-        return 0, []
-    try:
-        state = vit.read_checkpoint(file)
-        old = state["stamp"]
-        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-        if differing and state["iteration"] >= old["iters"]:
-            return 0, []
-        if not differing:
-            heads.load_state_dict(state["heads"])
-            optimizer.load_state_dict(state["optimizer"])
-            print(f"{file}: going on from iteration {state['iteration']:,}")
-            return state["iteration"], state["history"]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
-        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
-    name = differing[0]
-    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                     "with the old value, remove the file, or give another --out")
 
 
 # ------------------------------------------------------------------------------------------- evaluation

@@ -380,6 +380,33 @@ def check_archive(path):
             raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
+def resume_heads(file, stamp, heads, optimizer):
+    """(iterations done, evaluations) of a probe whose heads are in `file`, which are loaded: (0, []) without a file.
+
+    `stamp` holds every setting that decides the result. Heads of other settings are refused while unfinished, with
+    ValueError, else to be overwritten.
+    """
+    if not Path(file).exists():
+        return 0, []
+    try:
+        state = read_checkpoint(file)
+        old = state["stamp"]
+        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+        if differing and state["iteration"] >= old["iters"]:
+            return 0, []
+        if not differing:
+            heads.load_state_dict(state["heads"])
+            optimizer.load_state_dict(state["optimizer"])
+            print(f"{file}: going on from iteration {state['iteration']:,}")
+            return state["iteration"], state["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
+        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
+    name = differing[0]
+    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                     "with the old value, remove the file, or give another --out")
+
+
 def infer_config(state):
     """ViTConfig of a bare state dict. Shapes do not tell the attention: foreign weights are taken as softmax."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
