@@ -36,6 +36,7 @@ from PIL import Image, ImageFilter, ImageOps  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
+import checkpoint  # noqa: E402
 import dino  # noqa: E402
 import train  # noqa: E402
 import vit  # noqa: E402
@@ -381,14 +382,14 @@ def doctor(settings, source, multicrop, device, repeats):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args, rest = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts, bench = machine(device), dict(operator=bench_operator, attention=bench_attention, step=bench_step,
                                          data=bench_data)[args.what]
     try:
         if args.out:
-            vit.room_for(args.out)
+            checkpoint.room_for(args.out)
         print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
         rows = bench(args, rest, device)
         if args.what != "data":
@@ -396,7 +397,7 @@ def main(argv=None):
         if args.out:
             content = dict(bench=args.what, command=sys.argv[1:] if argv is None else list(argv), machine=facts,
                            rows=rows)
-            vit.write_whole(args.out, lambda file: file.write(json.dumps(content, indent=1).encode()))
+            checkpoint.write_whole(args.out, lambda file: file.write(json.dumps(content, indent=1).encode()))
     except (ValueError, OSError) as error:                            # of a picture or of --out, with its name
         sys.exit(str(error))
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import checkpoint
 import vit
 from shapes import Shapes
 
@@ -123,7 +124,7 @@ def check_args(p, args):
         if not 0 <= args.seed < 2**63:
             p.error(f"--seed {args.seed}: must be at least 0 and below 2^63")
         try:
-            args.weights = vit.list_checkpoints(args.weights)
+            args.weights = checkpoint.list_checkpoints(args.weights)
         except OSError as error:
             sys.exit(str(error))
     labelled = args.runs if args.command == "curves" else args.weights
@@ -138,7 +139,7 @@ def font(size):
 
 
 def write(canvas, x, y, text, size=TEXT, anchor="la", fill="black"):
-    ImageDraw.Draw(canvas).text((x, y), vit.printable(text), fill, font(size), anchor)
+    ImageDraw.Draw(canvas).text((x, y), checkpoint.printable(text), fill, font(size), anchor)
 
 
 def wrap(text, size, width):
@@ -199,8 +200,8 @@ def sheet(titles, rows, footer):
 
 
 def save(canvas, out):
-    vit.room_for(out)
-    vit.write_whole(out, lambda file: canvas.save(file, "PNG", optimize=True))
+    checkpoint.room_for(out)
+    checkpoint.write_whole(out, lambda file: canvas.save(file, "PNG", optimize=True))
     print(f"{out}: {canvas.width} x {canvas.height} pixels, {os.path.getsize(out) / 1000:.0f} kB")
 
 
@@ -209,7 +210,7 @@ def open_models(args):
     """(path, label, frozen model) of every --weights, one at a time."""
     for i, path in enumerate(args.weights):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+        model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
         epochs = facts["epochs"]
         age = Path(path).stem if epochs is None else f"{epochs} epochs" if epochs else "untrained"
         yield path, args.labels[i] if args.labels else f"{method(model.config)}, {age}", model
@@ -565,7 +566,7 @@ COMMANDS = {"pca": pca, "attention": attention, "heatmap": heatmap, "curves": cu
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     try:
         COMMANDS[args.command](args)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import checkpoint
 import vit
 from shapes import Shapes
 
@@ -89,7 +90,7 @@ def check_args(p, args):
         p.error(f"--seed {args.seed}: must be below 2^63")
     args.boxes = args.boxes or args.root
     try:
-        args.weights = vit.list_checkpoints(args.weights)
+        args.weights = checkpoint.list_checkpoints(args.weights)
     except OSError as error:
         sys.exit(str(error))
     if args.out and len(args.weights) > 1:
@@ -271,7 +272,7 @@ def measure(model, images, args, device):
 # ------------------------------------------------------------------------------------------- results
 def write_result(out, result):
     line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
     print(line, flush=True)
 
 
@@ -290,8 +291,8 @@ def evaluate(path, args, device, opened):
     """PiB of one file of weights: prints it and writes the result beside the weights. `opened`: data by grid."""
     out = Path(args.out or (f"runs/random/pib.{args.data}.s{args.seed}.json" if path == "random" else
                             f"{path.removesuffix('.pt')}.pib.{args.data}.json"))
-    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
-    vit.room_for(out)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
+    checkpoint.room_for(out)
     grid = model.config.image_size, model.config.patch_size
     if grid not in opened:
         opened[grid] = (Scenes if args.data == "shapes" else Pictures)(model.config, args)
@@ -316,7 +317,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}

@@ -32,6 +32,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+import checkpoint
 import vit
 from shapes import Shapes
 
@@ -139,7 +140,7 @@ def check_args(p, args):
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     try:
-        args.weights = vit.list_checkpoints(args.weights)
+        args.weights = checkpoint.list_checkpoints(args.weights)
     except OSError as error:
         sys.exit(str(error))
     if args.out and len(args.weights) > 1:
@@ -443,7 +444,7 @@ def train_heads(model, train, val, args, device, file, stamp):
     most = MAX_DEPTH[args.data]
     heads = nn.ModuleList(Head(model.config.dim, most, args.seed + k) for k in range(args.seeds)).to(device)
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
-    start, history = vit.resume_heads(file, stamp, heads, optimizer)
+    start, history = checkpoint.resume_heads(file, stamp, heads, optimizer)
     if start == args.iters:
         return history, []
     if args.data == "shapes":
@@ -476,7 +477,7 @@ def train_heads(model, train, val, args, device, file, stamp):
             history.append(dict(iteration=done, **row))
             print(f"iteration {done:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
         if done % args.save_every == 0 or done == args.iters:
-            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict(), history=history))
     return history, drawn
 
@@ -549,7 +550,7 @@ def show(values):
 
 def write_result(out, result):
     line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
     print(line, flush=True)
 
 
@@ -593,7 +594,7 @@ def draw_images(file, val, drawn, most, width=400, gap=4):
 
 def evaluate(path, args, device, opened):
     """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
-    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
     size = model.config.image_size if args.data == "shapes" else None
     if model.config.depth < 4:
         raise ValueError(f"{path}: {model.config.depth} blocks, and this probe reads four; give a deeper model")
@@ -618,7 +619,7 @@ def evaluate(path, args, device, opened):
     )
     stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
                  config=dataclasses.asdict(model.config))
-    vit.room_for(out)
+    checkpoint.room_for(out)
     history, drawn = train_heads(model, train, val, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = best_metrics(history)
@@ -637,7 +638,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}

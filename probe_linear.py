@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import checkpoint
 import vit
 from shapes import CLASSES, Shapes
 
@@ -104,7 +105,7 @@ def check_args(p, args):
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     try:
-        args.weights = vit.list_checkpoints(args.weights)
+        args.weights = checkpoint.list_checkpoints(args.weights)
     except OSError as error:
         sys.exit(str(error))
     if args.out and len(args.weights) > 1:
@@ -275,7 +276,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
     """The heads after --iters iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
     heads = Heads(model.config.dim, classes, range(args.seed, args.seed + args.seeds)).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    start, _ = vit.resume_heads(file, stamp, heads, optimizer)
+    start, _ = checkpoint.resume_heads(file, stamp, heads, optimizer)
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
     stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
@@ -299,7 +300,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
                   f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
             total = 0
         if done % args.save_every == 0 or done == args.iters:
-            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[], heads=heads.state_dict(),
+            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[], heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict()))
     return heads
 
@@ -333,7 +334,7 @@ def show(values):
 
 def write_result(out, result):
     line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
     print(line, flush=True)
 
 
@@ -361,16 +362,16 @@ def draw_images(file, images, names, predicted):
         x, y = i % columns * tile, i // columns * (tile + line)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((tile - 4, tile - 4), Image.Resampling.BICUBIC), (x + 2, y))
-        pen.text((x + 4, y + tile - 2), vit.printable(names[label])[:22], "black")
+        pen.text((x + 4, y + tile - 2), checkpoint.printable(names[label])[:22], "black")
         if guess != label:
-            pen.text((x + 4, y + tile + 12), f"not {vit.printable(names[guess])[:18]}", "red")
+            pen.text((x + 4, y + tile + 12), f"not {checkpoint.printable(names[guess])[:18]}", "red")
     sheet.save(file)
     print(f"{file}: {len(predicted)} val images with label and, where it is wrong, prediction")
 
 
 def evaluate(path, args, device, opened):
     """Both probes of one file of weights: prints them and writes the results beside it. `opened`: data sets by size."""
-    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
     size = model.config.image_size
     if size not in opened:                                          # listing ImageNet takes minutes: once
         opened[size] = open_data(args, size)
@@ -378,7 +379,7 @@ def evaluate(path, args, device, opened):
     default = (f"runs/random/linear.{args.data}.s{args.seed}.json" if path == "random" else
                f"{path.removesuffix('.pt')}.linear.{args.data}.json")
     out = Path(args.out or default)
-    vit.room_for(out)
+    checkpoint.room_for(out)
     knn_out = (out if args.knn else out.with_suffix(".knn.json")) if args.out else Path(
         "knn".join(default.rsplit("linear", 1)))
     shared = dict(data=args.data, train=len(train), val=len(val), classes=len(names), size=size,
@@ -422,7 +423,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+import checkpoint
 import vit
 from shapes import CLASSES, Shapes
 
@@ -143,7 +144,7 @@ def check_args(p, args):
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     try:
-        args.weights = vit.list_checkpoints(args.weights)
+        args.weights = checkpoint.list_checkpoints(args.weights)
     except OSError as error:
         sys.exit(str(error))
     if args.out and len(args.weights) > 1:
@@ -485,7 +486,7 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
     on from `file` if it is there. `stamp`: all that the heads depend on."""
     blocks = sorted({head.block for head in heads})
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=WEIGHT_DECAY)
-    (start, history), pictures = vit.resume_heads(file, stamp, heads, optimizer), []
+    (start, history), pictures = checkpoint.resume_heads(file, stamp, heads, optimizer), []
     if start < args.iters and args.data == "shapes":                # not augmented: features are computed once
         train = extract(model, train, blocks, args, device)
         val = list(val_views(model, val, blocks, args, device))
@@ -519,7 +520,7 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
             print(f"iteration {done:,}/{args.iters:,}  mIoU {miou.min():.2f}"
                   + f" to {miou.max():.2f}, {len(heads)} heads" * (len(heads) > 1), flush=True)
         if evaluated or done % args.save_every == 0:
-            vit.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
                                             optimizer=optimizer.state_dict(), history=history))
     return history, pictures
 
@@ -585,7 +586,7 @@ def show(values):
 
 def write_result(out, result):
     line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    vit.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
+    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
     print(line, flush=True)
 
 
@@ -659,7 +660,7 @@ def describe(args, config, train, val, block, concat_cls):
 def evaluate(path, args, device, opened):
     """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
     start = time.perf_counter()
-    model, facts = vit.open_weights(path, args.which, args.like, args.seed, device)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
     config = model.config
     blocks = sorted({model.index(block) for block in args.blocks or range(config.depth)})
     concats = {"no": [False], "yes": [True], "both": [False, True]}[args.concat_cls]
@@ -676,7 +677,7 @@ def evaluate(path, args, device, opened):
                  config=dataclasses.asdict(config))
     heads = nn.ModuleList(Head(block, concat, seed, config.dim, len(names)) for block, concat in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)
-    vit.room_for(out)
+    checkpoint.room_for(out)
     history, pictures = train_heads(model, train, val, heads, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = summarize(history, kinds, args)
@@ -691,7 +692,7 @@ def evaluate(path, args, device, opened):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = {}

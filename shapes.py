@@ -31,6 +31,7 @@ CLASSES = ("ball", "crate", "tent", "star", "cross", "heart", "flower", "kite", 
 STREAMS = {"train": 0, "val": 1}            # first word of every scene's seed: the two splits never share a stream
 CAMERA_HEIGHT, FOCAL, FAR = 1.2, 1.0, 10.0  # metres, image sides, metres
 CELLS = 9                                   # the mottle is drawn on this coarse grid, at every S
+FINGERPRINT = "scenes 1"                    # of the data, in every result: to be raised when a scene's pixels change
 TURN = 2 * np.pi
 ANGLE = np.arange(720) * TURN / 720         # outlines are tables of radius over angle, 0 = right, pi/2 = up
 

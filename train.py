@@ -18,12 +18,10 @@ import datetime
 import functools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,6 +36,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+import checkpoint
 import dino
 import vit
 from shapes import Shapes
@@ -184,8 +183,7 @@ def check_args(p, args):
         args.data = os.path.abspath(args.data)
         name = os.path.basename(args.data)
     if args.out is None:
-        method = args.attn + f"_r{args.registers}" * (args.registers > 0) + "_spec" * args.specialize
-        args.out = f"runs/{name}_{method}_s{args.seed}"
+        args.out = f"runs/{name}_{checkpoint.method(args)}_s{args.seed}"
     try:
         args.config = model_config(args)
     except ValueError as error:
@@ -312,22 +310,6 @@ def collate(items):
     return *default_collate([item[:-1] for item in items]), failed
 
 
-def deaf_worker(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_workers(others):
-    """Kill the loader workers that are left. An exiting Python sends its children SIGTERM, to which these are deaf, and
-    waits for them: after an error it would wait for ever."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would report them as lost
-    for child in set(multiprocessing.active_children()) - others:
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
 class Reads:
     """Counts reads and unreadable files of all processes, names each such file once, stops a run that has too many."""
 
@@ -349,11 +331,13 @@ class Reads:
         for name in dict.fromkeys(name for part in parts for name in part[2]):
             if name not in self.reported:
                 self.reported.add(name)
-                log.say(f"unreadable, replaced by another: {vit.printable(name)} ({failed} of {total} reads so far)")
+                log.say(f"unreadable, replaced by another: {checkpoint.printable(name)} "
+                        f"({failed} of {total} reads so far)")
         self.fresh = []
         if failed > 0.01 * total and (total >= 1000 or epoch_over):
-            sys.exit(f"{vit.printable(min(self.reported))}: one of {len(self.reported)} unreadable files; {failed} of "
-                     f"{total} reads failed, more than 1 %; mend or remove the files named above, then run this again")
+            sys.exit(f"{checkpoint.printable(min(self.reported))}: one of {len(self.reported)} unreadable files; "
+                     f"{failed} of {total} reads failed, more than 1 %; mend or remove the files named above, then run "
+                     "this again")
         return failed
 
 
@@ -452,8 +436,9 @@ class Run:
         try:
             if rest == 0 and (epochs % self.args.save_every == 0 or epochs == self.args.epochs):
                 weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
-                vit.write_checkpoint(out / f"checkpoint_{epochs:04d}.pt", weights)    # first: a kill here repeats it
-            vit.write_checkpoint(out / "checkpoint.pt", state)
+                # first: a kill here repeats it
+                checkpoint.write_checkpoint(out / f"checkpoint_{epochs:04d}.pt", weights)
+            checkpoint.write_checkpoint(out / "checkpoint.pt", state)
         except OSError as error:
             sys.exit(str(error))
 
@@ -463,7 +448,7 @@ def read_resume(path, args):
     if not path.exists():
         return None
     try:
-        state = vit.read_checkpoint(path)
+        state = checkpoint.read_checkpoint(path)
     except ValueError as error:
         cause = str(error).removeprefix(f"{path}: ")
         sys.exit(f"{path}: cannot be resumed: {cause}; give another --out, or remove the folder to start over")
@@ -703,7 +688,8 @@ def train(args, rank, world, device, stop):
     multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     loader = iter(DataLoader(
         Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),
-        num_workers=args.workers, collate_fn=collate, worker_init_fn=deaf_worker, pin_memory=device.type == "cuda",
+        num_workers=args.workers, collate_fn=collate, worker_init_fn=checkpoint.deaf_worker,
+        pin_memory=device.type == "cuda",
     ))
     if is_main:
         log.record(provenance(args, device, world))
@@ -759,35 +745,26 @@ def memory(device):
 
 
 def main(argv=None):
-    vit.print_any_path()
+    checkpoint.print_any_path()
     args = parse_args(argv)
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
-    stop, others = [], set(multiprocessing.active_children())
-
-    def note(number, frame):
-        stop.append(number)
-        if len(stop) > 2:                                           # somebody means it: leave without saving
-            sys.exit(128 + number)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(args, rank, world, device, stop)
-        if world > 1:                                               # after an error its peers may sit in a collective
-            dist.destroy_process_group()
-    except RuntimeError:
-        if rank and stop:                                           # the main process saved and left mid-collective
-            sys.exit(128 + stop[0])
-        raise
+        with checkpoint.noted_signals() as stop:
+            try:
+                train(args, rank, world, device, stop)
+                if world > 1:                                       # after an error its peers may sit in a collective
+                    dist.destroy_process_group()
+            except RuntimeError:
+                if rank and stop:                                   # the main process saved and left mid-collective
+                    sys.exit(128 + stop[0])
+                raise
     except SystemExit as error:
         if isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)):
             sys.exit(1)                                             # one process of each node says why
         raise
     finally:
-        end_workers(others)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if rank == 0 and sys.stdout.isatty():
             print()                                                 # leave the progress line
 

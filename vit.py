@@ -1,4 +1,4 @@
-"""The Vision Transformer of the paper and its four variants, named features, checkpoints in, images in.
+"""The Vision Transformer of the paper and its four variants, named features, images in.
 
 The four methods are three fields of one config and compose freely:
 
@@ -7,7 +7,7 @@ The four methods are three fields of one config and compose freely:
     vit_small(specialize=True)         [CLS] gets its own norms everywhere and its own early qkv
     vit_small(attn="entmax15")         the paper: attention weights with exact zeros
 
-    model = load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
+    model = checkpoint.load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
     cls, registers, patches = model.features(normalize(images), blocks=[-1])[0]
 
 Parameters carry the names of the official DINO code, so its weights load here and ours load there.
@@ -23,19 +23,10 @@ References
 # B images, T tokens = 1 + R + N in the order [CLS], registers, patches; N = h w patches, row-major
 # H heads, D width, P patch side in pixels, G side of the grid that the position embedding is stored for
 
-import argparse
-import contextlib
 import copy
 import functools
-import hashlib
-import math
-import os
-import sys
-import warnings
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -60,17 +51,6 @@ def read_image(path):
             high_byte = np.asarray(image).clip(0, 65535) >> 8       # what Pillow itself does with 16-bit colour
             return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
-
-
-def printable(name):
-    """A path or the name of one as text that can be printed and drawn, also where it is no UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
-
-
-def print_any_path():
-    """Let stdout escape what is no UTF-8 in a path; a run that is fine would end where it is printed."""
-    with contextlib.suppress(AttributeError):                       # a notebook's stdout has no such setting
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def eval_transform(size):
@@ -331,206 +311,3 @@ def vit_small(**overrides):
 
 def vit_base(**overrides):
     return VisionTransformer(ViTConfig(**dict(dim=768, heads=12) | overrides))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-# What a file may hold besides tensors and plain containers. Official full checkpoints store their arguments as a
-# Namespace and, because DINO's schedules are numpy arrays, learning rates as numpy floats (of numpy 1 or 2). Neither
-# can run code; anything else is refused unopened.
-NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-SAFE = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
-        (NUMPY_SCALAR, "numpy.core.multiarray.scalar"), (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
-
-
-def read_checkpoint(path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a checkpoint of train.py or an official DINO .pth")
-    try:
-        check_archive(path)
-        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # what torch thinks of other people's files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                      # the unpickler fails in a dozen ways on other bytes
-        refused = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        cause = (f"it holds {refused}, and unpickling that could run code" if refused
-                 else str(error) if isinstance(error, Damaged)
-                 else f"damaged, or no torch file ({type(error).__name__})")
-        raise ValueError(f"{path}: not a checkpoint: {cause}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-class Damaged(Exception):
-    pass
-
-
-def check_archive(path):
-    """What torch.load leaves unchecked: it reads a flipped bit as another weight, and unpacks whatever it is given."""
-    if not zipfile.is_zipfile(path):                                # torch's format before 1.6, or no torch file
-        return
-    with zipfile.ZipFile(path) as archive:
-        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
-        if unpacked > 1.1 * size:
-            raise Damaged(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
-        # A bit that no checksum covers makes an entry a folder to torch: its weights are then what the memory held.
-        if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
-            raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
-
-
-def resume_heads(file, stamp, heads, optimizer):
-    """(iterations done, evaluations) of a probe whose heads are in `file`, which are loaded: (0, []) without a file.
-
-    `stamp` holds every setting that decides the result. Heads of other settings are refused while unfinished, with
-    ValueError, else to be overwritten.
-    """
-    if not Path(file).exists():
-        return 0, []
-    try:
-        state = read_checkpoint(file)
-        old = state["stamp"]
-        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-        if differing and state["iteration"] >= old["iters"]:
-            return 0, []
-        if not differing:
-            heads.load_state_dict(state["heads"])
-            optimizer.load_state_dict(state["optimizer"])
-            print(f"{file}: going on from iteration {state['iteration']:,}")
-            return state["iteration"], state["history"]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
-        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
-    name = differing[0]
-    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                     "with the old value, remove the file, or give another --out")
-
-
-def infer_config(state):
-    """ViTConfig of a bare state dict. Shapes do not tell the attention: foreign weights are taken as softmax."""
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
-    missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
-    if missing:
-        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}")
-    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    patches = state["pos_embed"].numel() // dim - 1
-    grid = math.isqrt(patches)
-    if dim % 64 or grid * grid != patches:
-        raise ValueError(f"width {dim} must be a multiple of 64 (one head each) and the {patches} position embeddings "
-                         f"of patches must form a square")
-    return ViTConfig(
-        image_size=grid * patch, patch_size=patch, dim=dim, heads=dim // 64,
-        depth=sum(key.endswith(".norm1.weight") for key in state),
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].numel() // dim**2,
-        registers=state["register_tokens"].numel() // dim if "register_tokens" in state else 0,
-        specialize="norm_cls.weight" in state,
-    )
-
-
-def listed(keys):
-    """'5 keys (a, b, c, ...)'"""
-    keys = [str(key) for key in keys]
-    return f"{len(keys)} key{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-
-
-def load_backbone(path, which="teacher", device="cpu"):
-    """Frozen VisionTransformer in eval mode from a checkpoint of train.py, an official DINO file or a timm DINO ViT.
-
-    A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
-    only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
-    weights are not DINO's.
-    """
-    content = read_checkpoint(path)
-    bare = not {"teacher", "student", "config"} & content.keys()
-    weights = {"teacher": content} if bare else content
-    if which not in weights:
-        raise ValueError(f"{path}: holds no {which} weights; it holds "
-                         + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
-
-    if not isinstance(weights[which], dict):
-        raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
-    state = {str(key).removeprefix("module."): value for key, value in weights[which].items()}     # DDP's prefix
-    if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
-    try:
-        config = ViTConfig(**content["config"]) if "config" in content else infer_config(state)
-        if config.depth > len(state):                               # or a hostile depth would be built block by block
-            raise ValueError(f"depth={config.depth}, with {listed(state)}")
-        with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
-            model = VisionTransformer(config).requires_grad_(False).eval()
-    except (TypeError, ValueError, RuntimeError) as error:          # TypeError: a field that this version does not know
-        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
-    expected = model.state_dict()
-    shared = [key for key in expected if key in state]
-    misfits = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [key for key in state if key not in expected],
-        "no tensor": [key for key in shared if not isinstance(state[key], torch.Tensor)],
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in shared
-                             if isinstance(state[key], torch.Tensor) and state[key].shape != expected[key].shape],
-    }
-    if any(misfits.values()):
-        raise ValueError(f"{path}: the weights do not fit the model: "
-                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys))
-    bad = [key for key in expected if not state[key].isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
-    model.to_empty(device=device).load_state_dict(state)
-    return model
-
-
-def room_for(out):
-    """Make the folder of a file that is to be written; ValueError says what is in the way, before hours are spent."""
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out}: {error.strerror}; give another --out") from error
-
-
-def write_whole(path, write):
-    """write(binary file), whole or not at all: a killed job or a full disk leaves what was there. OSError says what
-    to do."""
-    half = Path(f"{path}.tmp")
-    try:
-        with half.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            half.unlink()
-        raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
-                      "again") from error
-
-
-def write_checkpoint(path, content):
-    write_whole(path, functools.partial(torch.save, content))
-
-
-def list_checkpoints(weights):
-    """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
-    files = []
-    for name in weights:
-        numbered = sorted(map(str, Path(name).glob("checkpoint_[0-9][0-9][0-9][0-9].pt")))
-        if Path(name).is_dir() and not numbered:
-            raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
-        files += numbered or [name]
-    return files
-
-
-def open_weights(path, which="teacher", like=None, seed=0, device="cpu"):
-    """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
-
-    "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
-    ViT-S/16 without it.
-    """
-    if path == "random":
-        config = load_backbone(like).config if like else ViTConfig()
-        torch.manual_seed(seed)
-        model = VisionTransformer(config).to(device).eval().requires_grad_(False)
-        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
-    model = load_backbone(path, which, device)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))

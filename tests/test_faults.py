@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint as disk
 import train
-import vit
 
 pytestmark = pytest.mark.slow
 MANY = int(os.environ.get("FAULTS", 1))
@@ -115,8 +115,8 @@ def equal(a, b, keys=(*TRAINED, "optimizer")):
 def assert_intact(out):
     """Every checkpoint there is loads, and is whole."""
     for path in out.glob("checkpoint*.pt"):
-        state = vit.read_checkpoint(path)
-        vit.load_backbone(path)
+        state = disk.read_checkpoint(path)
+        disk.load_backbone(path)
         assert set(TRAINED) < state.keys(), path
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint as disk
 import figures
 import vit
 from figures import fit_pca, pca_colours, ticks, whole_patches
@@ -177,7 +178,7 @@ def test_pca_draws_final_norm_patches_where_they_are(tmp_path, checkpoint, capsy
     """The sheet against the model's public features, cell by cell; both sizes from --size."""
     name = picture(tmp_path / "a.png", (50, 50), 1)
     shown = tiles(draw(tmp_path / "x.png", "pca", "--weights", checkpoint, "--images", name, "--size", "38"), 2, 180)
-    model = vit.load_backbone(checkpoint)
+    model = disk.load_backbone(checkpoint)
     pixels = Image.open(name).resize((40, 40), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
     with torch.no_grad():
@@ -221,7 +222,7 @@ def test_attention_shows_the_cls_row_of_every_head(tmp_path, checkpoint, capsys)
     shown, out = tiles(image, 3, 180), capsys.readouterr().out
     x = vit.normalize(torch.from_numpy(np.array(Image.open(name))).permute(2, 0, 1)[None])
     for row, path in enumerate((checkpoint, dense)):
-        model = vit.load_backbone(path)
+        model = disk.load_backbone(path)
         skip = 1 + model.config.registers
         for head in range(2):
             weights = model.attention(x, 1)[0, head, 0].numpy()

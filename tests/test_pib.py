@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint as disk
 import pib
 import vit
 from pib import overlap, point_in_box, through_eval_transform
@@ -193,7 +194,7 @@ def test_the_first_of_equals_counts(some_boxes):
 def test_every_sign_equals_plain_loops(checkpoint, folder, raw):
     """One image and block at a time, from the model's public features and attention."""
     args = pib.parse_args(["--weights", checkpoint, *folder, "--max-area", "1", "--batch-size", "2"] + ["--raw"] * raw)
-    model = vit.load_backbone(checkpoint)
+    model = disk.load_backbone(checkpoint)
     images = pib.Pictures(CONFIG, args)
     assert len(images) == 3
     means, counts = pib.measure(model, images, args, torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoint as disk
 import probe_depth
 import shapes
 import vit
@@ -172,7 +173,7 @@ def test_blocks_are_evenly_spaced(depth, blocks):
 
 
 def test_features_lack_the_final_norm(coarse):
-    model = vit.load_backbone(coarse)
+    model = disk.load_backbone(coarse)
     images = (draws(2, 3, 40, 70) * 50 + 120).clamp(0, 255).to(torch.uint8)
     cls, patches = probe_depth.frozen(model, images, types.SimpleNamespace(amp="off"))
     assert cls.shape == (2, 4, 16) and patches.shape == (2, 4, 2, 3, 16)        # 40 x 70 padded to 64 x 96
@@ -452,7 +453,7 @@ def test_result_equals_the_evaluation_by_hand(tmp_path, coarse, capsys, data):
     r = json.loads(text.splitlines()[-1])
     assert set(r) == KEYS and r == json.loads((tmp_path / f"coarse.depth.{data}.json").read_text())
 
-    most, model = 80.0 if data == "kitti" else 10.0, vit.load_backbone(coarse)
+    most, model = 80.0 if data == "kitti" else 10.0, disk.load_backbone(coarse)
     weights = torch.load(tmp_path / f"coarse.depth.{data}.head.pt")["heads"]
     head = types.SimpleNamespace(weight=weights["0.weight"], bias=weights["0.bias"])
     train, val = pairs_by_hand(data, root)
@@ -497,7 +498,7 @@ def test_training_equals_a_plain_loop(few_scenes, fine, monkeypatch):
     """AdamW written out, with a clipping that acts and a loss whose warm-up ends after the first of four iterations."""
     monkeypatch.setattr(probe_depth, "MAX_NORM", 0.02)
     args = probe_depth.parse_args(["--weights", fine, "--iters", "4", "--batch-size", "2"])
-    model = vit.load_backbone(fine)
+    model = disk.load_backbone(fine)
     train, val = probe_depth.Scenes("train", 32), probe_depth.Scenes("val", 32)
     probe_depth.train_heads(model, train, val, args, CPU, "a.head.pt", dict(iters=4, loss_warmup=1))
     ours = torch.load("a.head.pt")["heads"]
@@ -627,7 +628,7 @@ def test_shapes_end_to_end(few_scenes, fine, capsys):
     assert r["metrics"]["rmse_constant"] == pytest.approx(expected.item(), rel=1e-6)
     weights = torch.load("fine.depth.shapes.head.pt")["heads"]
     head = types.SimpleNamespace(weight=weights["0.weight"], bias=weights["0.bias"])
-    model, values = vit.load_backbone(fine), []
+    model, values = disk.load_backbone(fine), []
     for scene in val:
         features = model.features(vit.normalize(scene["image"])[None], norm=False)
         cls, patches = (torch.stack([getattr(f, name) for f in features], 1) for name in ("cls", "patches"))

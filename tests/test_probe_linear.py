@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint as disk
 import probe_linear
 import shapes
 import vit
@@ -180,7 +181,7 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
     probe_linear.main(["--knn", "--weights", checkpoint, "--which", which, "--data", "folder", "--root", str(root),
                        "--workers", "0", "--batch-size", "5"])
     r = result(capsys, tmp_path / "tiny.knn.folder.json")           # beside the weights
-    model = vit.load_backbone(checkpoint, which)
+    model = disk.load_backbone(checkpoint, which)
     bank, queries = features_by_hand(model, root, "train"), features_by_hand(model, root, "val")
     expected = {k: knn_by_hand(*bank, *queries, 3, k) for k in (10, 20, 100, 200)}
     assert set(r) == KEYS
@@ -195,7 +196,7 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_which_names_the_network(checkpoint, which):
-    model, facts = vit.open_weights(checkpoint, which)
+    model, facts = disk.open_weights(checkpoint, which)
     expected = torch.load(checkpoint, weights_only=True)[which]
     assert facts["which"] == which and facts["epochs"] == 3
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
@@ -203,7 +204,7 @@ def test_which_names_the_network(checkpoint, which):
 
 def test_features_equal_the_extraction_by_hand(tmp_path, checkpoint):
     root = draw(tmp_path / "pictures")
-    model = vit.load_backbone(checkpoint)
+    model = disk.load_backbone(checkpoint)
     args = options("--weights", checkpoint, "--data", "folder", "--root", root, "--workers", "1", "--batch-size", "5")
     train, val, classes = probe_linear.open_data(args, 32)
     for images, split in ((train, "train"), (val, "val")):
@@ -218,7 +219,7 @@ def test_shapes_end_to_end(few_scenes, checkpoint, capsys, tmp_path):
     probe_linear.main(["--knn", "--weights", checkpoint, "--out", "here/result.json", "--workers", "0"])
     r = result(capsys, tmp_path / "here/result.json")
     assert set(r) == KEYS and r["data"] == "shapes" and r["protocol"]["classes"] == 10
-    model, sets = vit.load_backbone(checkpoint), []
+    model, sets = disk.load_backbone(checkpoint), []
     for split, n in (("train", 80), ("val", 40)):
         scenes = shapes.Shapes(split, 32, n)
         cls = torch.cat([model(vit.normalize(scenes[i]["image"])[None]) for i in range(n)])
@@ -235,12 +236,12 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
     models = {}
     for seed in "0", "1":
         (models[seed], facts), (again, _) = (
-            vit.open_weights("random", like=checkpoint, seed=int(seed)) for _ in range(2))
+            disk.open_weights("random", like=checkpoint, seed=int(seed)) for _ in range(2))
         assert models[seed].config == CONFIG and not models[seed].training
         assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0)
         assert all(torch.equal(a, b) for a, b in zip(models[seed].parameters(), again.parameters(), strict=True))
     assert not torch.equal(models["0"].pos_embed, models["1"].pos_embed)
-    assert not torch.equal(models["1"].pos_embed, vit.load_backbone(checkpoint).pos_embed)
+    assert not torch.equal(models["1"].pos_embed, disk.load_backbone(checkpoint).pos_embed)
 
     probe_linear.main(["--knn", "--weights", "random", "--like", checkpoint, "--seed", "4", "--workers", "0"])
     r = result(capsys, tmp_path / "runs/random/knn.shapes.s4.json")
@@ -248,7 +249,7 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
 
 
 def test_random_without_like_is_vit_s16():
-    assert vit.open_weights("random")[0].config == vit.ViTConfig()
+    assert disk.open_weights("random")[0].config == vit.ViTConfig()
 
 
 def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, capsys):
@@ -395,7 +396,7 @@ def test_linear_end_to_end(tmp_path, checkpoint, capsys):
     assert [row["lr"] for row in grid] == list(probe_linear.RATES)
     assert [row["effective"] for row in grid] == pytest.approx([rate / 32 for rate in probe_linear.RATES])
 
-    model = vit.load_backbone(checkpoint)                           # top-1 of the saved heads, one picture at a time
+    model = disk.load_backbone(checkpoint)                           # top-1 of the saved heads, one picture at a time
     heads = torch.load(tmp_path / "tiny.linear.folder.head.pt", weights_only=True)["heads"]
     right = torch.zeros(2, 13)
     _, val, _ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
@@ -427,7 +428,7 @@ class Killed(BaseException):
 
 def killed_after(saves, monkeypatch):
     """From now on the save after so many raises Killed, when it has written."""
-    write, left = vit.write_checkpoint, [saves]
+    write, left = disk.write_checkpoint, [saves]
 
     def kill(path, content):
         write(path, content)
@@ -435,7 +436,7 @@ def killed_after(saves, monkeypatch):
         if not left[0]:
             raise Killed
 
-    monkeypatch.setattr(vit, "write_checkpoint", kill)
+    monkeypatch.setattr(disk, "write_checkpoint", kill)
 
 
 @pytest.mark.parametrize("data", ["shapes", "folder"])

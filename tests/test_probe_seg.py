@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoint as disk
 import probe_seg
 import shapes
 import vit
@@ -606,7 +607,7 @@ LONG = {"voc": 160, "ade20k": math.inf, "cityscapes": 80}
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_end_to_end(tmp_path, checkpoint, capsys, data, classes, which):
     r, saved = run(capsys, tmp_path, checkpoint, data, "--which", which)
-    model = vit.load_backbone(checkpoint, which)
+    model = disk.load_backbone(checkpoint, which)
     _, val = opened(data, tmp_path / data)
     ious = miou_of_head_by_hand(model, saved["heads"], val.pairs, TABLES[data], classes, 40, LONG[data], 32, 21)
     assert saved["history"][-1]["iou"][0].tolist() == pytest.approx(ious, abs=0.5, nan_ok=True)       # a tie or two
@@ -625,7 +626,7 @@ def test_end_to_end(tmp_path, checkpoint, capsys, data, classes, which):
 def test_pictures_smaller_than_the_crop_and_odd_to_the_patch_are_padded(tmp_path, checkpoint, capsys):
     r, _ = run(capsys, tmp_path, checkpoint, "voc", "--crop", "44", "--short-side", "29")      # windows 29 x 44 at most
     assert 0 <= r["metrics"]["miou"] <= 100 and r["protocol"]["stride"] == 29
-    model, args = vit.load_backbone(checkpoint), probe_seg.parse_args(["--weights", "random"])
+    model, args = disk.load_backbone(checkpoint), probe_seg.parse_args(["--weights", "random"])
     images = torch.randn(2, 3, 29, 44)
     cls, patches = probe_seg.frozen(model, images, [1], args)[1]
     by_hand = torch.zeros(2, 3, 32, 48)
@@ -636,7 +637,7 @@ def test_pictures_smaller_than_the_crop_and_odd_to_the_patch_are_padded(tmp_path
 
 def test_shapes_end_to_end(few_scenes, tmp_path, checkpoint, capsys):
     r, saved = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "40", "--batch-size", "8")
-    model, state = vit.load_backbone(checkpoint), saved["heads"]
+    model, state = disk.load_backbone(checkpoint), saved["heads"]
     labels, guesses = [], []
     for scene in shapes.Shapes("val", 32, 20):
         patches = model.features(vit.normalize(scene["image"])[None], [-1])[0].patches[0]
@@ -652,7 +653,7 @@ def test_shapes_end_to_end(few_scenes, tmp_path, checkpoint, capsys):
 def test_training_equals_a_plain_loop(few_scenes, tmp_path, checkpoint, capsys):
     """Order of images, frozen features, loss over all pixels, AdamW's settings and the schedule, written out."""
     _, saved = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "30", "--batch-size", "16", "--eval-every", "30")
-    model, scenes = vit.load_backbone(checkpoint), shapes.Shapes("train", 32, 40)
+    model, scenes = disk.load_backbone(checkpoint), shapes.Shapes("train", 32, 40)
     weight = torch.empty(11, 24, 1, 1).normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
     parameters = [torch.ones(24), torch.zeros(24), weight, torch.zeros(11)]
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in parameters], betas=(0.9, 0.999), eps=1e-8,
@@ -725,17 +726,17 @@ def test_head_seed_k_is_the_only_head_of_its_own_seed(few_scenes, tmp_path, chec
 def test_resume_is_bit_equal(few_scenes, tmp_path, checkpoint, capsys, monkeypatch, data, workers):
     flags = "--seeds 2 --concat-cls yes --save-every 1 --save-images 1".split()
     whole = run(capsys, tmp_path, checkpoint, data, *flags)
-    write = vit.write_checkpoint
+    write = disk.write_checkpoint
 
     def killed(path, content):
         write(path, content)
         if content["iteration"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(vit, "write_checkpoint", killed)
+    monkeypatch.setattr(disk, "write_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run(capsys, tmp_path, checkpoint, data, *flags, "--workers", workers, out="parts")
-    monkeypatch.setattr(vit, "write_checkpoint", write)
+    monkeypatch.setattr(disk, "write_checkpoint", write)
     parts = run(capsys, tmp_path, checkpoint, data, *flags, "--workers", "0", out="parts")
     assert same(whole, parts) and len(parts[1]["history"]) == 2
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "parts.png").read_bytes()

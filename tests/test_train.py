@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoint as disk
 import dino
 import train
 import vit
@@ -290,7 +291,7 @@ def test_student_learns_a_teacher_that_stands_still(tmp_path):
                                    "--attn entmax15", "--attn entmax15 --registers 4 --specialize"])
 def test_every_method_trains_and_loads(tmp_path, flags):
     state = run(tmp_path, *flags.split(), *"--length 8 --norm-last-layer --local-crops 1".split())
-    model = vit.load_backbone(tmp_path / "checkpoint.pt")
+    model = disk.load_backbone(tmp_path / "checkpoint.pt")
     assert dataclasses.asdict(model.config) == state["config"]
     assert state["config"]["attn"] == flags.split()[1]
     assert torch.equal(state["student_head"]["last_layer.weight_g"], torch.ones(64, 1))     # --norm-last-layer
@@ -457,7 +458,7 @@ def test_kill_between_the_two_files_of_an_epoch_loses_none(tmp_path, monkeypatch
     class Killed(BaseException):
         pass
 
-    write, left = vit.write_checkpoint, [2 + 2 + 1]                # epochs 0 and 1, then the first of epoch 2's two
+    write, left = disk.write_checkpoint, [2 + 2 + 1]                # epochs 0 and 1, then the first of epoch 2's two
 
     def killed(path, state):
         if not left[0]:
@@ -466,7 +467,7 @@ def test_kill_between_the_two_files_of_an_epoch_loses_none(tmp_path, monkeypatch
         write(path, state)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vit, "write_checkpoint", killed)
+        patch.setattr(disk, "write_checkpoint", killed)
         run(tmp_path)
     run(tmp_path)
     assert [path.name for path in sorted(tmp_path.glob("checkpoint_*"))] == [f"checkpoint_000{e}.pt" for e in range(4)]
@@ -554,7 +555,7 @@ def test_file_0000_holds_the_initial_weights(uninterrupted):
 def test_load_backbone_reads_both_networks(uninterrupted):
     state = load(uninterrupted / "checkpoint.pt")
     for which in ("teacher", "student"):
-        model = vit.load_backbone(uninterrupted / "checkpoint.pt", which)
+        model = disk.load_backbone(uninterrupted / "checkpoint.pt", which)
         assert not differing(state, {which: model.state_dict()}, keys=[which])
 
 

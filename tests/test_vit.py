@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+import checkpoint as disk
 import vit
-from vit import VisionTransformer, ViTConfig, load_backbone, vit_base, vit_small, vit_tiny
+from checkpoint import load_backbone
+from vit import VisionTransformer, ViTConfig, vit_base, vit_small, vit_tiny
 
 METHODS = [dict(attn=attn, registers=registers, specialize=specialize)
            for attn in ("softmax", "entmax15") for registers in (0, 2) for specialize in (False, True)]
@@ -591,7 +593,7 @@ def test_every_bit_of_the_directory(tmp_path):
         path.write_bytes(data)
         torch.full((5000,), 9.0)                                    # left in the memory that an unread array gets
         try:
-            outcomes.append(torch.equal(vit.read_checkpoint(path)["x"], weights))
+            outcomes.append(torch.equal(disk.read_checkpoint(path)["x"], weights))
         except ValueError:
             outcomes.append(None)
     assert False not in outcomes and None in outcomes and True in outcomes
@@ -680,7 +682,7 @@ def test_normalize_by_hand():
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
     path = tmp_path / "checkpoint.pt"
-    vit.write_checkpoint(path, {"step": 1})
+    disk.write_checkpoint(path, {"step": 1})
     old = path.read_bytes()
 
     def full_disk(state, file):
@@ -689,5 +691,5 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match=re.escape(f"{path}: not written: {error}")):
-        vit.write_checkpoint(path, {"step": 2})
+        disk.write_checkpoint(path, {"step": 2})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]

@@ -1,0 +1,407 @@
+"""What goes to disk and comes back: whole, checked, or refused by name. Weights, heads and results of probes.
+
+    model = load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
+
+A result is only as good as what is known of it: `fingerprint` tells the data it was measured on from any other, `claim`
+keeps results of different protocols, data or weights apart, and `resume_heads` does the same for half-trained heads.
+"""
+
+import argparse
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import vit
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+# What a file may hold besides tensors and plain containers. Official full checkpoints store their arguments as a
+# Namespace and, because DINO's schedules are numpy arrays, learning rates as numpy floats (of numpy 1 or 2). Neither
+# can run code; anything else is refused unopened.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
+        (NUMPY_SCALAR, "numpy.core.multiarray.scalar"), (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
+
+
+def read_checkpoint(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a checkpoint of train.py or an official DINO .pth")
+    try:
+        check_archive(path)
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                         # what torch thinks of other people's files
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                      # the unpickler fails in a dozen ways on other bytes
+        refused = str(error).partition("GLOBAL ")[2].split(" ")[0]
+        cause = (f"it holds {refused}, and unpickling that could run code" if refused
+                 else str(error) if isinstance(error, Damaged)
+                 else f"damaged, or no torch file ({type(error).__name__})")
+        raise ValueError(f"{path}: not a checkpoint: {cause}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+class Damaged(Exception):
+    pass
+
+
+def check_archive(path):
+    """What torch.load leaves unchecked: it reads a flipped bit as another weight, and unpacks whatever it is given."""
+    if not zipfile.is_zipfile(path):                                # torch's format before 1.6, or no torch file
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
+        if unpacked > 1.1 * size:
+            raise Damaged(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
+        # A bit that no checksum covers makes an entry a folder to torch: its weights are then what the memory held.
+        if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
+            raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
+
+
+def infer_config(state):
+    """vit.ViTConfig of a bare state dict. Shapes do not tell the attention: foreign weights are taken as softmax."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
+    missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
+    if missing:
+        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}")
+    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    patches = state["pos_embed"].numel() // dim - 1
+    grid = math.isqrt(patches)
+    if dim % 64 or grid * grid != patches:
+        raise ValueError(f"width {dim} must be a multiple of 64 (one head each) and the {patches} position embeddings "
+                         f"of patches must form a square")
+    return vit.ViTConfig(
+        image_size=grid * patch, patch_size=patch, dim=dim, heads=dim // 64,
+        depth=sum(key.endswith(".norm1.weight") for key in state),
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].numel() // dim**2,
+        registers=state["register_tokens"].numel() // dim if "register_tokens" in state else 0,
+        specialize="norm_cls.weight" in state,
+    )
+
+
+def listed(keys):
+    """'5 keys (a, b, c, ...)'"""
+    keys = [str(key) for key in keys]
+    return f"{len(keys)} key{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+
+
+def load_backbone(path, which="teacher", device="cpu"):
+    """Frozen VisionTransformer in eval mode from a checkpoint of train.py, an official DINO file or a timm DINO ViT.
+
+    A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
+    only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
+    weights are not DINO's.
+    """
+    content = read_checkpoint(path)
+    bare = not {"teacher", "student", "config"} & content.keys()
+    weights = {"teacher": content} if bare else content
+    if which not in weights:
+        raise ValueError(f"{path}: holds no {which} weights; it holds "
+                         + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
+
+    if not isinstance(weights[which], dict):
+        raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
+    state = {str(key).removeprefix("module."): value for key, value in weights[which].items()}     # DDP's prefix
+    if any(key.startswith("backbone.") for key in state):
+        state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
+    try:
+        config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state)
+        if config.depth > len(state):                               # or a hostile depth would be built block by block
+            raise ValueError(f"depth={config.depth}, with {listed(state)}")
+        with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
+            model = vit.VisionTransformer(config).requires_grad_(False).eval()
+    except (TypeError, ValueError, RuntimeError) as error:          # TypeError: a field that this version does not know
+        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
+    expected = model.state_dict()
+    shared = [key for key in expected if key in state]
+    misfits = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "no tensor": [key for key in shared if not isinstance(state[key], torch.Tensor)],
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in shared
+                             if isinstance(state[key], torch.Tensor) and state[key].shape != expected[key].shape],
+    }
+    if any(misfits.values()):
+        raise ValueError(f"{path}: the weights do not fit the model: "
+                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys))
+    bad = [key for key in expected if not state[key].isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
+    model.to_empty(device=device).load_state_dict(state)
+    return model
+
+
+def list_checkpoints(weights):
+    """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
+    files = []
+    for name in weights:
+        numbered = sorted(map(str, Path(name).glob("checkpoint_[0-9][0-9][0-9][0-9].pt")))
+        if Path(name).is_dir() and not numbered:
+            raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
+        files += numbered or [name]
+    return files
+
+
+def open_weights(path, which="teacher", like=None, seed=0, device="cpu"):
+    """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
+
+    "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
+    ViT-S/16 without it.
+    """
+    if path == "random":
+        config = load_backbone(like).config if like else vit.ViTConfig()
+        torch.manual_seed(seed)
+        model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
+        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
+    model = load_backbone(path, which, device)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: which pictures and labels a number belongs to
+
+def fingerprint(root, pictures, labels=()):
+    """16 hex digits that tell a data set from any other: order, names below `root` and sizes of all its files, and
+    content: of all pictures and all labels, or of as many evenly spread ones as have 256 MiB and 1 GiB together.
+
+    The place of the data is not in it: a copy has the same. ImageNet takes seconds.
+    """
+    digest, above = hashlib.blake2b(digest_size=8), os.path.join(root, "")
+    for paths, budget in ((pictures, 2**28), (labels, 2**30)):
+        paths = [os.fspath(path) for path in paths]
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else -1 for path in paths]
+        for path, size in zip(paths, sizes, strict=True):
+            digest.update(os.fsencode(f"{path.removeprefix(above)}\0{size}\0"))
+        for path in paths[::max(1, math.ceil(sum(sizes) / budget))]:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results of probes: one JSON line in one file, which belongs to one protocol, one data set and one network
+
+def method(config):
+    """'softmax', 'entmax15', 'softmax_r4', 'softmax_spec', ...: of a ViTConfig or of train.py's arguments."""
+    return config.attn + f"_r{config.registers}" * (config.registers > 0) + "_spec" * config.specialize
+
+
+def result_path(weights, probe, data, config, seed):
+    """Where the result of a probe goes without --out."""
+    if weights == "random":
+        return f"runs/random/{probe}.{data}.{method(config)}.s{seed}.json"
+    return f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json"
+
+
+def identity(result):
+    """What decides a number, apart from the training of the weights: {name: value} of all that two results share if
+    the later one may replace the earlier one."""
+    who = {"config": result["config"]} if result["weights"] == "random" else {"which": result["which"]}
+    return dict(result["protocol"], seed=result["seed"], **who, random=result["weights"] == "random")
+
+
+def claim(out, default, result):
+    """(file, finished): where `result`, all of it but its metrics, will go; and what is there already, if it is the
+    result of just these weights, else None.
+
+    A result of the same protocol and data but other weights is replaced. Any other is kept: without --out (None) the
+    new one gets a name of its own, with it ValueError names what differs.
+    """
+    result = json.loads(json.dumps(result))                         # as it will be read: no tuples
+    mine, path = identity(result), Path(out or default)
+    room_for(path)
+    for attempt in range(2):
+        if not path.exists():
+            return path, None
+        try:
+            old = json.loads(path.read_text())
+            theirs = identity(old)
+            same_weights = old["weights_sha256"] == result["weights_sha256"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: holds no result of a probe ({type(error).__name__}); give another --out, or "
+                             "remove it") from error
+        differing = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        if not differing:
+            return path, old if same_weights else None
+        cause = ", ".join(f"{name} {theirs.get(name)}, now {mine.get(name)}" for name in differing[:3])
+        if out or attempt:
+            raise ValueError(f"{path}: holds a result that is not to be overwritten ({cause}); give another --out")
+        digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode(), digest_size=4).hexdigest()
+        print(f"{path}: holds a result with {cause}; this one goes to {path.with_suffix(f'.{digest}.json').name}")
+        path = path.with_suffix(f".{digest}.json")
+
+
+def say_finished(path, finished):
+    """Prints a result that is there already, as if it had just been measured."""
+    print(f"finished before: result read from {path}")
+    print(json.dumps(finished), flush=True)
+
+
+def write_result(path, result):
+    """The last line of every probe, and the same in its file; `claim` once more, for another process may have come
+    first."""
+    path, _ = claim(None, path, result)
+    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    write_whole(path, lambda file: file.write(f"{line}\n".encode()))
+    print(line, flush=True)
+
+
+def resume_heads(file, stamp, heads, optimizer):
+    """(iterations done, evaluations) of a probe whose heads are in `file`, which are loaded: (0, []) without a file.
+
+    `stamp` holds every setting that decides the result. Heads of other settings are refused while unfinished, with
+    ValueError, else to be overwritten.
+    """
+    if not Path(file).exists():
+        return 0, []
+    try:
+        state = read_checkpoint(file)
+        old = state["stamp"]
+        differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
+        if differing and state["iteration"] >= old["iters"]:
+            return 0, []
+        if not differing:
+            heads.load_state_dict(state["heads"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["iteration"] < stamp["iters"]:
+                print(f"{file}: going on from iteration {state['iteration']:,}")
+            return state["iteration"], state["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:       # of a file of something else
+        cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
+    name = differing[0]
+    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
+                     "with the old value, remove the file, or give another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files, printable names
+
+def room_for(out):
+    """Make the folder of a file that is to be written; ValueError says what is in the way, before hours are spent."""
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: {error.strerror}; give another --out") from error
+
+
+def write_whole(path, write):
+    """write(binary file), whole or not at all: a killed job or a full disk leaves what was there. OSError says what
+    to do."""
+    half = Path(f"{path}.{os.getpid()}.tmp")                        # of its own: two processes may write one file
+    for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:           # of a process that was killed while it wrote
+                left.unlink()
+    try:
+        with half.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            half.unlink()
+        raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
+                      "again") from error
+
+
+def write_checkpoint(path, content):
+    write_whole(path, functools.partial(torch.save, content))
+
+
+def printable(name):
+    """A path or the name of one as text that can be printed and drawn, also where it is no UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def print_any_path():
+    """Let stdout escape what is no UTF-8 in a path; a run that is fine would end where it is printed."""
+    with contextlib.suppress(AttributeError):                       # a notebook's stdout has no such setting
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Being asked to end: save first
+
+@contextlib.contextmanager
+def noted_signals():
+    """List of the signals (SIGINT, SIGTERM) that have asked this process to end: it saves, then goes. A third one ends
+    it at once. Loader workers that are left at the end are ended, too."""
+    asked, others = [], set(multiprocessing.active_children())
+
+    def note(number, frame):
+        asked.append(number)
+        if len(asked) > 2:                                          # somebody means it: leave without saving
+            sys.exit(128 + number)
+
+    ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, note) for number in ours}     # Python allows it to the main thread alone
+    try:
+        yield asked
+    finally:
+        end_workers(others)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def until_asked(asked, items):
+    """The items, one by one; SystemExit as soon as a signal has been noted."""
+    for item in items:
+        if asked:
+            sys.exit(128 + asked[0])
+        yield item
+
+
+def deaf_worker(_):
+    """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers(others):
+    """Kill the loader workers that are left. An exiting Python sends its children SIGTERM, to which these are deaf, and
+    waits for them: after an error it would wait for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would report them as lost
+    for child in set(multiprocessing.active_children()) - others:
+        child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def lock(folder):
+    """Keep `folder` to this process until it ends, however it ends: an open file, or ValueError where another process
+    holds it. Nothing is left to clear away."""
+    if os.name != "posix":
+        return None
+    import fcntl  # not at the top: Windows has none
+
+    file = open(Path(folder, ".lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of the process: its workers do not inherit it
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{folder}: another process is writing there; wait for it, stop it, or give another "
+                         "--out") from error
+    except OSError:                                                 # a file system without locks
+        pass
+    return file
