@@ -75,8 +75,9 @@ def check_archive(path):
             raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
-def infer_config(state):
-    """vit.ViTConfig of a bare state dict. Shapes do not tell the attention: foreign weights are taken as softmax."""
+def infer_config(state, heads=None):
+    """ViTConfig of a bare state dict. Shapes tell neither the attention, which is taken as softmax, nor the number of
+    heads, which is DINO's (width / 64) unless it is given."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
     if missing:
@@ -88,7 +89,7 @@ def infer_config(state):
         raise ValueError(f"width {dim} must be a multiple of 64 (one head each) and the {patches} position embeddings "
                          f"of patches must form a square")
     return vit.ViTConfig(
-        image_size=grid * patch, patch_size=patch, dim=dim, heads=dim // 64,
+        image_size=grid * patch, patch_size=patch, dim=dim, heads=heads or dim // 64,
         depth=sum(key.endswith(".norm1.weight") for key in state),
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].numel() // dim**2,
         registers=state["register_tokens"].numel() // dim if "register_tokens" in state else 0,
@@ -102,7 +103,7 @@ def listed(keys):
     return f"{len(keys)} key{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
 
 
-def load_backbone(path, which="teacher", device="cpu"):
+def load_backbone(path, which="teacher", device="cpu", heads=None):
     """Frozen VisionTransformer in eval mode from a checkpoint of train.py, an official DINO file or a timm DINO ViT.
 
     A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
@@ -122,7 +123,7 @@ def load_backbone(path, which="teacher", device="cpu"):
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
     try:
-        config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state)
+        config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state, heads)
         if config.depth > len(state):                               # or a hostile depth would be built block by block
             raise ValueError(f"depth={config.depth}, with {listed(state)}")
         with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
@@ -159,18 +160,18 @@ def list_checkpoints(weights):
     return files
 
 
-def open_weights(path, which="teacher", like=None, seed=0, device="cpu"):
+def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=None):
     """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
 
     "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
     ViT-S/16 without it.
     """
     if path == "random":
-        config = load_backbone(like).config if like else vit.ViTConfig()
+        config = load_backbone(like, heads=heads).config if like else vit.ViTConfig()
         torch.manual_seed(seed)
         model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
         return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
-    model = load_backbone(path, which, device)
+    model = load_backbone(path, which, device, heads)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))
 
