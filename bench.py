@@ -344,7 +344,7 @@ def doctor(settings, source, multicrop, device, repeats):
     def batches():
         return iter(DataLoader(train.Crops(source, multicrop, settings.seed), num_workers=workers,
                                batch_sampler=train.Batches(len(source), settings, 0, 1, 0), collate_fn=train.collate,
-                               worker_init_fn=train.deaf_worker, pin_memory=device.type == "cuda"))
+                               worker_init_fn=checkpoint.deaf_worker, pin_memory=device.type == "cuda"))
 
     def rate(what, f, n=2 * workers + 1):                             # more batches than may lie ready
         seconds = []

@@ -2,7 +2,6 @@
 import json
 import random
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,13 +19,16 @@ TINY = ("--dim 32 --depth 1 --heads 2 --patch-size 8 --image-size 32 --local-siz
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_medians_quartiles_and_ratio_by_round():
-    naps = iter([0.001] * 6 + [0.02, 0.04] * 3 + [0.001, 0.002])      # three warm-ups each, then four rounds
+def test_medians_quartiles_and_ratio_by_round(monkeypatch):
+    """By hand, on a clock that only the functions move: (20, 50), (20, 40), (24, 24) and (1, 4) ms."""
+    naps, now = iter([9] * 6 + [20, 50, 20, 40, 24, 24, 1, 4]), [0]   # three warm-ups each, then four rounds
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0] / 1000)
+
     def nap():
-        time.sleep(next(naps))
-    rows = {row["variant"]: row for row in bench.compare("naps", {"one": nap, "two": nap}, "one", 4, CPU)}
-    assert rows["one"]["ratio"] == 1 and rows["two"]["ratio"] == pytest.approx(2, rel=0.3)
-    assert 20 <= rows["one"]["ms"] <= rows["one"]["high"] and rows["one"]["low"] < rows["one"]["ms"]
+        now[0] += next(naps)
+    rows = bench.compare("naps", {"one": nap, "two": nap}, "one", 4, CPU)
+    assert [[row[key] for key in ("variant", "low", "ms", "high", "ratio")] for row in rows] == [
+        ["one", *map(pytest.approx, (5.75, 20, 23, 1))], ["two", *map(pytest.approx, (9, 32, 47.5, 2.25))]]
 
 
 def test_peak_is_the_most_at_a_time():
