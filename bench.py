@@ -293,11 +293,10 @@ def draw_jpegs(folder, count=64):
 
 def bench_data(args, rest, device):
     with tempfile.TemporaryDirectory() as folder:
-        if "--data" not in rest:
+        settings = train.parse_args(["--data", folder, "--batch-size", "32", *rest])      # what is given comes last
+        if settings.data == folder:
             print("no --data: pictures of 500 x 375 are drawn for it")
             draw_jpegs(folder)
-            rest = [*rest, "--data", folder]
-        settings = train.parse_args(rest if "--batch-size" in rest else [*rest, "--batch-size", "32"])
         if settings.data == "shapes":
             sys.exit("shapes: its scenes are in memory, there is nothing to load; give --data DIR, or leave --data out")
         source = train.open_data(settings)

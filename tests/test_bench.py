@@ -124,6 +124,34 @@ def test_usage_errors(capsys, command, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what, variants", [("operator", 4), ("attention", 3)])
+def test_rounds_and_compiled_variants(monkeypatch, what, variants):
+    """--repeats is the number of rounds; --compiled adds what torch.compile makes of the same functions."""
+    cases = []
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: f)
+    monkeypatch.setattr(bench, "compare", lambda _, runs, __, repeats, ___: cases.append((runs, repeats)) or [])
+    monkeypatch.setattr(bench, "deep_spin", lambda: None)
+    for flags in ([], ["--repeats", "7", "--compiled"]):
+        cases.clear()
+        args, rest = bench.parse_args([what, *flags])
+        getattr(bench, f"bench_{what}")(args, rest, CPU)
+        assert {(len(runs), repeats) for runs, repeats in cases} == {(variants, 7) if flags else (2, 25)}
+        assert any("compiled" in name for name in cases[0][0]) == bool(flags)
+
+
+@pytest.mark.parametrize("flags, size, drawn", [([], 32, True), (["--batch-size=4"], 4, True),
+                                                (["--batch-size", "4", "--data=PHOTOS"], 4, False)])
+def test_flags_of_train_are_not_overridden(monkeypatch, photos, flags, size, drawn, capsys):
+    """In either of their forms."""
+    seen = []
+    monkeypatch.setattr(bench, "per_core", lambda settings, source, *_: seen.append((settings, len(source))) or [{}])
+    monkeypatch.setattr(bench, "doctor", lambda *args: {})
+    bench.bench_data(bench.parse_args(["data"])[0], [flag.replace("PHOTOS", str(photos)) for flag in flags], CPU)
+    (settings, pictures), = seen
+    assert settings.batch_size == size and pictures == (64 if drawn else 12)
+    assert ("no --data" in capsys.readouterr().out) == drawn
+
+
 def test_shapes_have_nothing_to_load():
     with pytest.raises(SystemExit, match="nothing to load"):
         bench.main(["data", "--data", "shapes"])
