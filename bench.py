@@ -293,11 +293,10 @@ def draw_jpegs(folder, count=64):
 
 def bench_data(args, rest, device):
     with tempfile.TemporaryDirectory() as folder:
-        if "--data" not in rest:
+        settings = train.parse_args(["--data", folder, "--batch-size", "32", *rest])      # what is given comes last
+        if settings.data == folder:
             print("no --data: pictures of 500 x 375 are drawn for it")
             draw_jpegs(folder)
-            rest = [*rest, "--data", folder]
-        settings = train.parse_args(rest if "--batch-size" in rest else [*rest, "--batch-size", "32"])
         if settings.data == "shapes":
             sys.exit("shapes: its scenes are in memory, there is nothing to load; give --data DIR, or leave --data out")
         source = train.open_data(settings)
@@ -344,7 +343,7 @@ def doctor(settings, source, multicrop, device, repeats):
     def batches():
         return iter(DataLoader(train.Crops(source, multicrop, settings.seed), num_workers=workers,
                                batch_sampler=train.Batches(len(source), settings, 0, 1, 0), collate_fn=train.collate,
-                               worker_init_fn=train.deaf_worker, pin_memory=device.type == "cuda"))
+                               worker_init_fn=checkpoint.deaf_worker, pin_memory=device.type == "cuda"))
 
     def rate(what, f, n=2 * workers + 1):                             # more batches than may lie ready
         seconds = []

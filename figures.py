@@ -37,7 +37,7 @@ LINES = [                                                           # Okabe & It
     (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0),
     (150, 150, 150)]
 GREY, RULE = (110, 110, 110), (225, 225, 225)
-TEXT, SMALL, GAP, TILE = 14, 12, 6, 180                             # pixels; a picture is at most TILE wide
+TEXT, SMALL, GAP = 14, 12, 6                                        # pixels
 METRICS = {
     "pib": "Point-in-box, %", "high_norm": "High-norm patches, %", "support": "Non-zero weights of a row",
     "to_cls": "Attention of patches to [CLS], %", "to_registers": "Attention of patches to registers, %",
@@ -73,6 +73,8 @@ def parse_args(argv=None):
         sub.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO shows the teacher")
         sub.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
         sub.add_argument("--seed", type=int, default=0, help="of --weights random")
+        sub.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64, "
+                         "as in DINO")
         # pictures
         source = sub.add_mutually_exclusive_group(required=True)
         source.add_argument("--images", nargs="+", metavar="FILE", help="pictures")
@@ -118,7 +120,7 @@ def check_args(p, args):
         if args.images and args.count is not None:
             p.error("--count goes with --data shapes; all --images are drawn")
         args.count = 4 if args.count is None else args.count
-        for name in ("count", "size"):
+        for name in ("count", "size", "heads"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 p.error(f"--{name} {getattr(args, name)}: must be at least 1")
         if not 0 <= args.seed < 2**63:
@@ -136,6 +138,11 @@ def check_args(p, args):
 @functools.cache
 def font(size):
     return ImageFont.load_default(size)
+
+
+def counted(number, noun):
+    """'1 epoch', '1,234 images'"""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def write(canvas, x, y, text, size=TEXT, anchor="la", fill="black"):
@@ -164,7 +171,7 @@ def colour(share):
 
 def share_width(width, columns):
     """Pixels of one of the columns of a sheet."""
-    cell = min(TILE, (width - GAP) // columns - GAP)
+    cell = (width - GAP) // columns - GAP
     if cell < 16:
         raise ValueError(f"--width {width}: too narrow for {columns} columns; give {columns * 60}, or fewer columns")
     return cell
@@ -210,15 +217,15 @@ def open_models(args):
     """(path, label, frozen model) of every --weights, one at a time."""
     for i, path in enumerate(args.weights):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
+        model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
         epochs = facts["epochs"]
-        age = Path(path).stem if epochs is None else f"{epochs} epochs" if epochs else "untrained"
+        age = Path(path).stem if epochs is None else counted(epochs, "epoch") if epochs else "untrained"
         yield path, args.labels[i] if args.labels else f"{method(model.config)}, {age}", model
 
 
 def method(config):
     """'entmax15 + 4 registers + specialize'"""
-    registers = f" + {config.registers} registers" * (config.registers > 0)
+    registers = f" + {counted(config.registers, 'register')}" * (config.registers > 0)
     return config.attn + registers + " + specialize" * config.specialize
 
 
@@ -385,7 +392,7 @@ def check_same(results):
                                  "a map is of one run and one protocol")
     for a, b in zip(results, results[1:], strict=False):
         if a["epochs"] == b["epochs"]:
-            raise ValueError(f"{b['path']}: after {b['epochs']} epochs, as {a['path']}; a map is of one run")
+            raise ValueError(f"{b['path']}: after {counted(b['epochs'], 'epoch')}, as {a['path']}; a map is of one run")
 
 
 def block_values(result, metric, concat_cls):
@@ -418,7 +425,7 @@ def heatmap(args):
     if one["probe"] == "seg":
         title += ", head on patches" + " and [CLS]" * (concat == "yes")
     if metric == "pib":
-        title += f"; chance {one['metrics']['chance']:.1f} %, {one['metrics']['n']:,} images"
+        title += f"; chance {one['metrics']['chance']:.1f} %, {counted(one['metrics']['n'], 'image')}"
     low, high = args.range or (np.nanmin(values), np.nanmax(values))
     epochs = [result["epochs"] for result in results]
     save(draw_map(values, [block + 1 for block in blocks], epochs, title, low, high, args.width), args.out)
@@ -427,9 +434,9 @@ def heatmap(args):
 def draw_map(values, blocks, epochs, title, low, high, width):
     """(blocks, epochs) values, the first block at the bottom, in the colours of a bar from `low` to `high`."""
     left, right, row = 58, 84, 34
-    cell = min(100, (width - left - right) // len(epochs))
+    cell = (width - left - right) // len(epochs)
     if cell < 16:
-        raise ValueError(f"--width {width}: too narrow for {len(epochs)} epochs; give {len(epochs) * 60}")
+        raise ValueError(f"--width {width}: too narrow for {counted(len(epochs), 'epoch')}; give {len(epochs) * 60}")
     width, height = left + cell * len(epochs) + right, row * len(blocks)
     lines = wrap(title, TEXT, width - 2 * GAP)
     top = len(lines) * (TEXT + 5) + 2 * GAP
@@ -540,7 +547,7 @@ def curves(args):
         panels.append((KEYS.get(key, key), lines))
         for name, log, line in zip(names, logs, lines, strict=True):
             if len(line) < len(log):
-                print(f"{name}: {len(log) - len(line)} of {len(log)} records without a finite {key}")
+                print(f"{name}: {len(log) - len(line)} of {counted(len(log), 'record')} without a finite {key}")
 
     legend, x, y = [], GAP, 2 * GAP
     for name in names:

@@ -4,12 +4,13 @@
 #     ./reproduce.sh                                        the embedded data set: about 45 minutes on two CPU cores
 #     IMAGENET=DIR VOC=DIR NYU=DIR GPUS=8 ./reproduce.sh    the paper's protocol, with the probes whose data are given
 #
-# Stop it and start it again: a training goes on from its last save, a probe from its heads, and what is finished is
-# skipped. JOBS commands run side by side, each with a log of its own; the first that fails stops the others.
+# Stop it and start it again: a training goes on from its last save, a probe from its heads, and what is finished takes
+# seconds: each tells by itself, from weights, data and flags, whether its result is there. JOBS commands run side by side, each with a log of its own; the first that fails stops the others.
 # The paper's protocol takes these folders, each as --root of its probe: IMAGENET (train/ and val/), BOXES (XMLs of val),
 # VOC, ADE20K, CITYSCAPES, NYU, SUNRGBD (with NYU), KITTI. Also read: SEEDS, METHODS, JOBS, GPUS, and TRAIN_FLAGS and
 # PROBE_FLAGS, which are added to every training and to every probe that trains heads.
 set -euo pipefail
+shopt -s extglob                                  # +([0-9]) is a number
 cd "$(dirname "$0")"
 METHODS=${METHODS:-softmax softmax_r4 softmax_spec entmax15}
 declare -A FLAGS=([softmax]="" [softmax_r4]="--registers 4" [softmax_spec]="--specialize" [entmax15]="--attn entmax15")
@@ -38,7 +39,7 @@ pool() {                                          # LOG COMMAND...: in the backg
   mkdir -p "$(dirname "$1")"
   (
     trap 'exit 143' TERM                          # runs when the command, which gets the signal too, has saved
-    "${@:2}" > "$1" 2>&1 && exit
+    "${@:2}" >> "$1" 2>&1 && exit
     { tail -n 20 "$1"; echo "failed: ${*:2}"; echo "all it said: $1"; } >&2
     kill $$
   ) &
@@ -48,7 +49,7 @@ finish() {
   while (($(jobs -rp | wc -l))); do wait -n || true; done
 }
 
-last() { find "$1" -name 'checkpoint_????.pt' | sort | tail -n 1; }
+last() { printf '%s\n' "$1"/checkpoint_+([0-9]).pt | sort -V | tail -n 1; }
 
 # ---- pretraining
 runs=()
@@ -62,9 +63,8 @@ done
 finish
 
 # ---- probes
-probe() {                                         # PROBE DATA WEIGHTS FLAGS...: unless its result is newer than the weights
-  local result=${3%.pt}.$1.$2.json
-  [[ $result -nt $3 ]] || pool "${result%.json}.log" python "probe_$1.py" --data "$2" --weights "${@:3}" ${PROBE_FLAGS-}
+probe() {                                         # PROBE DATA WEIGHTS FLAGS...
+  pool "${3%.pt}.$1.$2.log" python "probe_$1.py" --data "$2" --weights "${@:3}" ${PROBE_FLAGS-}
 }
 
 probes() {                                        # WEIGHTS: on all data at hand
@@ -81,12 +81,10 @@ probes() {                                        # WEIGHTS: on all data at hand
   [[ ! ${KITTI-} ]] || probe depth kitti "$1" --root "$KITTI"
 }
 
-pib() {                                           # RUN: every numbered checkpoint; the last one is measured last
-  local data=(shapes) weights
-  weights=$(last "$1")
+pib() {                                           # RUN: every numbered checkpoint
+  local data=(shapes)
   [[ $name == shapes ]] || data=(folder --root "$IMAGENET/val" --boxes "${BOXES-}")
-  [[ ${weights%.pt}.pib.${data[0]}.json -nt $weights ]] ||
-    pool "$1/pib.log" python pib.py --data "${data[@]}" --weights "$1"
+  pool "$1/pib.log" python pib.py --data "${data[@]}" --weights "$1"
 }
 
 for run in "${runs[@]}"; do
@@ -103,10 +101,9 @@ segmentation=(shapes)                             # Fig. 2b; not named as table1
 [[ $name == shapes ]] || segmentation=(voc --root "${VOC-}")
 for method in softmax entmax15; do
   [[ $name == shapes || ${VOC-} ]] || continue
-  for weights in "runs/${name}_${method}_s$first"/checkpoint_????.pt; do
-    result=${weights%.pt}.blocks.json
-    [[ ! -e $weights || $result -nt $weights ]] || pool "${result%.json}.log" python probe_seg.py \
-      --data "${segmentation[@]}" --weights "$weights" --blocks all --concat-cls both --out "$result" ${PROBE_FLAGS-}
+  for weights in "runs/${name}_${method}_s$first"/checkpoint_+([0-9]).pt; do
+    [[ ! -e $weights ]] || pool "${weights%.pt}.blocks.log" python probe_seg.py --data "${segmentation[@]}" \
+      --weights "$weights" --blocks all --concat-cls both --out "${weights%.pt}.blocks.json" ${PROBE_FLAGS-}
   done
 done
 finish

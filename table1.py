@@ -9,8 +9,8 @@ specialize). n counts pretraining runs. A result's `seed` is the probe's, so a r
 (sha256) is one run, and the checkpoints of a run folder are one run, of which the last epoch with a result counts.
 Results of one run in one column (of several probe seeds) enter as their mean.
 
-Refused: a result whose weights have changed since, and a table of unequal models, epochs or protocols. A result does
-not say what its weights were trained on: give folders that belong together.
+Refused: a result whose weights have changed since, and a table of unequal models, epochs, protocols or data. A result
+does not say what its weights were trained on: give folders that belong together.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def run_of(result, path):
     """Name of the pretraining run."""
     if result["weights"] == "random":
         return f"random, seed {result['seed']}"
-    if re.fullmatch(r"checkpoint(_\d{4})?\.pt", Path(result["weights"]).name):      # train.py's names
+    if re.fullmatch(r"checkpoint(_\d{4,})?\.pt", Path(result["weights"]).name):      # train.py's names
         return str(home(result, path).resolve())
     return result["weights_sha256"]
 
@@ -158,6 +158,16 @@ def check_weights(result):
 def architecture(result):
     """Config without what a row stands for, and without drop_path, which acts in training only."""
     return {k: v for k, v in result["config"].items() if k not in ("attn", "registers", "specialize", "drop_path")}
+
+
+def refuse_other_data(results, column):
+    """A protocol's fingerprint is of the pictures and labels that were really read."""
+    known = [r for r in results if "fingerprint" in r["protocol"]]
+    for r in results if known else ():
+        if "fingerprint" not in r["protocol"]:
+            raise ValueError(f"{r['file']}: measured before results said on which data, and {known[0]['file']} says; "
+                             "run the probe again")
+    refuse_unequal(known, f"{column} of different data", lambda r: {"fingerprint": r["protocol"]["fingerprint"]})
 
 
 def refuse_unequal(results, what, view):
@@ -204,6 +214,7 @@ def make_table(title, columns, results, paper):
     refuse_unequal(results, "different models", architecture)
     refuse_unequal(trained, "different weights", lambda r: {key: r[key] for key in ("epochs", "which")})
     for name in columns:
+        refuse_other_data(taken[name], name)
         refuse_unequal(taken[name], f"{name} of different protocols", lambda r: r["protocol"])
 
     rank, rows = {name: i for i, name in enumerate(PAPER)}, []
@@ -219,6 +230,7 @@ def make_table(title, columns, results, paper):
     return dict(
         title=title, columns=list(columns), rows=rows, pairs=[p for name in columns for p in compare(rows, name)],
         chance={} if paper else {name: rs[0]["chance"] for name, rs in taken.items() if rs},
+        centre=next((r["metrics"]["centre"] for r in results if "centre" in r["metrics"]), None),
         model=architecture(results[0]) if results else None,
         epochs=trained[0]["epochs"] if trained else None, which=trained[0]["which"] if trained else None,
     )
@@ -289,7 +301,10 @@ def markdown(content):
         if table["model"]:
             blocks.append("n counts pretraining runs, ± is their sample sd. Model: "
                           + ", ".join(f"{key} {value}" for key, value in table["model"].items())
-                          + (f"; {table['which']} after {table['epochs']} epochs." if table["which"] else "."))
+                          + (f"; {table['which']} after epoch {table['epochs']}." if table["which"] else "."))
+        if table["centre"] is not None:
+            blocks.append(f"Chance of PiB is that of a random patch; always answering the centre has "
+                          f"{number(table['centre'], 'PiB %')}.")
         missing = [f"{row['method']} ({', '.join(row['not_measured']) if row['cells'] else 'all'})"
                    for row in table["rows"] if row["not_measured"]] if table["model"] else ["all of it"]
         if missing:

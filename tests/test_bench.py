@@ -2,7 +2,6 @@
 import json
 import random
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,13 +19,16 @@ TINY = ("--dim 32 --depth 1 --heads 2 --patch-size 8 --image-size 32 --local-siz
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_medians_quartiles_and_ratio_by_round():
-    naps = iter([0.001] * 6 + [0.02, 0.04] * 3 + [0.001, 0.002])      # three warm-ups each, then four rounds
+def test_medians_quartiles_and_ratio_by_round(monkeypatch):
+    """By hand, on a clock that only the functions move: (20, 50), (20, 40), (24, 24) and (1, 4) ms."""
+    naps, now = iter([9] * 6 + [20, 50, 20, 40, 24, 24, 1, 4]), [0]   # three warm-ups each, then four rounds
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0] / 1000)
+
     def nap():
-        time.sleep(next(naps))
-    rows = {row["variant"]: row for row in bench.compare("naps", {"one": nap, "two": nap}, "one", 4, CPU)}
-    assert rows["one"]["ratio"] == 1 and rows["two"]["ratio"] == pytest.approx(2, rel=0.3)
-    assert 20 <= rows["one"]["ms"] <= rows["one"]["high"] and rows["one"]["low"] < rows["one"]["ms"]
+        now[0] += next(naps)
+    rows = bench.compare("naps", {"one": nap, "two": nap}, "one", 4, CPU)
+    assert [[row[key] for key in ("variant", "low", "ms", "high", "ratio")] for row in rows] == [
+        ["one", *map(pytest.approx, (5.75, 20, 23, 1))], ["two", *map(pytest.approx, (9, 32, 47.5, 2.25))]]
 
 
 def test_peak_is_the_most_at_a_time():
@@ -120,6 +122,34 @@ def test_usage_errors(capsys, command, message):
     with pytest.raises(SystemExit) as stop:
         bench.main(command.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what, variants", [("operator", 4), ("attention", 3)])
+def test_rounds_and_compiled_variants(monkeypatch, what, variants):
+    """--repeats is the number of rounds; --compiled adds what torch.compile makes of the same functions."""
+    cases = []
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: f)
+    monkeypatch.setattr(bench, "compare", lambda _, runs, __, repeats, ___: cases.append((runs, repeats)) or [])
+    monkeypatch.setattr(bench, "deep_spin", lambda: None)
+    for flags in ([], ["--repeats", "7", "--compiled"]):
+        cases.clear()
+        args, rest = bench.parse_args([what, *flags])
+        getattr(bench, f"bench_{what}")(args, rest, CPU)
+        assert {(len(runs), repeats) for runs, repeats in cases} == {(variants, 7) if flags else (2, 25)}
+        assert any("compiled" in name for name in cases[0][0]) == bool(flags)
+
+
+@pytest.mark.parametrize("flags, size, drawn", [([], 32, True), (["--batch-size=4"], 4, True),
+                                                (["--batch-size", "4", "--data=PHOTOS"], 4, False)])
+def test_flags_of_train_are_not_overridden(monkeypatch, photos, flags, size, drawn, capsys):
+    """In either of their forms."""
+    seen = []
+    monkeypatch.setattr(bench, "per_core", lambda settings, source, *_: seen.append((settings, len(source))) or [{}])
+    monkeypatch.setattr(bench, "doctor", lambda *args: {})
+    bench.bench_data(bench.parse_args(["data"])[0], [flag.replace("PHOTOS", str(photos)) for flag in flags], CPU)
+    (settings, pictures), = seen
+    assert settings.batch_size == size and pictures == (64 if drawn else 12)
+    assert ("no --data" in capsys.readouterr().out) == drawn
 
 
 def test_shapes_have_nothing_to_load():

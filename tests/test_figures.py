@@ -11,6 +11,7 @@ import checkpoint as disk
 import figures
 import vit
 from figures import fit_pca, pca_colours, ticks, whole_patches
+from shapes import Shapes
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,
                        specialize=True)
@@ -58,7 +59,12 @@ def exits(capsys, *argv):
     return (1, code) if isinstance(code, str) else (code, error.strip().splitlines()[-1])
 
 
-def tiles(image, columns, size):
+def wide(columns):
+    """--width of a sheet whose pictures are 180 pixels wide."""
+    return "--width", figures.GAP + columns * (180 + figures.GAP)
+
+
+def tiles(image, columns, size=180):
     """[row][column] of the square pictures of a sheet, found as what is not white: (size, size, 3) each."""
     left = [figures.GAP + c * (size + figures.GAP) for c in range(columns)]
     full = (image[:, left[0]:left[0] + size] != 255).any(2).mean(1) > 0.9       # rows of pixels without text
@@ -164,11 +170,14 @@ def test_pca_does_not_depend_on_the_order_of_pictures_unless_joint(tmp_path, che
     a, b = picture(tmp_path / "a.png", (40, 40), 1), picture(tmp_path / "b.png", (40, 40), 2)
     alone = {}
     for flags in ([], ["--foreground"], ["--joint"]):
-        pca = "pca", "--weights", checkpoint, *flags
-        ab, ba = (draw(tmp_path / "x.png", *pca, "--images", *pair) for pair in ((a, b), (b, a)))
-        ab, ba = tiles(ab, 2, figures.TILE), tiles(ba, 2, figures.TILE)
+        pca = "pca", "--weights", checkpoint, *wide(2), *flags
+        ab, ba = (tiles(draw(tmp_path / "x.png", *pca, "--images", *pair), 2) for pair in ((a, b), (b, a)))
+        if flags != ["--joint"]:                                    # each picture by its own name
+            said = [line for line in capsys.readouterr().out.splitlines() if "variance" in line][-4:]
+            assert said[:2] == said[:1:-1] and ", a.png: " in said[0] and ", b.png: " in said[1]
+            assert said[0].partition("variance")[2] != said[1].partition("variance")[2]
         assert len(ab) == 2 and all(np.array_equal(*p) for p in zip(ab[0] + ab[1], ba[1] + ba[0], strict=True))
-        alone[" ".join(flags)] = tiles(draw(tmp_path / "x.png", *pca, "--images", a), 2, figures.TILE)[0][1]
+        alone[" ".join(flags)] = tiles(draw(tmp_path / "x.png", *pca, "--images", a), 2)[0][1]
         assert np.array_equal(alone[" ".join(flags)], ab[0][1]) == (flags != ["--joint"])
     assert "all pictures: explained variance" in capsys.readouterr().out
     assert not np.array_equal(alone[""], alone["--foreground"]) and np.array_equal(alone[""], alone["--joint"])
@@ -177,7 +186,7 @@ def test_pca_does_not_depend_on_the_order_of_pictures_unless_joint(tmp_path, che
 def test_pca_draws_final_norm_patches_where_they_are(tmp_path, checkpoint, capsys):
     """The sheet against the model's public features, cell by cell; both sizes from --size."""
     name = picture(tmp_path / "a.png", (50, 50), 1)
-    shown = tiles(draw(tmp_path / "x.png", "pca", "--weights", checkpoint, "--images", name, "--size", "38"), 2, 180)
+    shown = tiles(draw(tmp_path / "x.png", "pca", "--weights", checkpoint, "--images", name, "--size", 38, *wide(2)), 2)
     model = disk.load_backbone(checkpoint)
     pixels = Image.open(name).resize((40, 40), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
@@ -203,6 +212,55 @@ def test_pca_repeats_its_bytes_and_labels_its_columns(tmp_path, checkpoint, caps
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("command, columns", [("pca", 2), ("attention", 3)])
+def test_scenes_are_those_of_val(tmp_path, checkpoint, command, columns, capsys):
+    flags = command, "--weights", checkpoint, "--data", "shapes", "--count", 2, "--size", 40, *wide(columns)
+    rows, said = tiles(draw(tmp_path / "x.png", *flags), columns), capsys.readouterr().out
+    assert len(rows) == 2 and ", scene 0" in said and ", scene 1" in said
+    for i, row in enumerate(rows):
+        for split in ("train", "val"):
+            pixels = Shapes(split, 40, 2)[i]["image"].permute(1, 2, 0).numpy()
+            assert np.array_equal(row[0], figures.tile(pixels, 180)) == (split == "val")
+
+
+@pytest.mark.parametrize("width", [301, 500])
+def test_pictures_fill_the_width(tmp_path, checkpoint, width):
+    """To less than a pixel for each of the columns."""
+    for command, columns in (("pca", 2), ("attention", 3)):
+        image = draw(tmp_path / "x.png", command, "--weights", checkpoint, "--data", "shapes", "--width", width)
+        assert 0 <= width - image.shape[1] < columns
+    files = [result(tmp_path / f"r{e}.json", e) for e in (0, 1, 2)]
+    assert 0 <= width - draw(tmp_path / "x.png", "heatmap", "--results", *files, "--width", width).shape[1] < 3
+
+
+def test_every_flag_reaches_the_picture(tmp_path, checkpoint):
+    """Against the library, and each unlike the default: student, seed, bilinear, heads of a file that does not say."""
+    state = torch.load(checkpoint, weights_only=True)
+    state["student"] = {key: value + 0.1 * torch.randn(value.shape) for key, value in state["teacher"].items()}
+    torch.save(state, checkpoint)
+    plain = dataclasses.replace(CONFIG, dim=64, heads=4, attn="softmax")
+    torch.save(vit.VisionTransformer(plain).state_dict(), "bare.pt")
+    image = Shapes("val", 32, 1)[0]["image"]
+
+    def expected(path, smooth=Image.Resampling.NEAREST, **how):
+        model = disk.open_weights(path, **how)[0]
+        x = model.features(vit.normalize(image[None]))[-1].patches[0].double().numpy()
+        return np.array(Image.fromarray(pca_colours([x])[0][0]).resize((180, 180), smooth))
+
+    def shown(path, *flags):
+        return tiles(draw("x.png", "pca", "--weights", path, "--data", "shapes", "--count", 1, "--size", 32, *wide(2),
+                          *flags), 2)[0][1]
+
+    for path, flags, how in (
+            (checkpoint, ["--which", "student"], dict(which="student")),
+            (checkpoint, ["--smooth"], dict(smooth=Image.Resampling.BILINEAR)),
+            ("bare.pt", ["--heads", "4"], dict(heads=4)),
+            ("random", ["--like", checkpoint, "--seed", "3"], dict(like=checkpoint, seed=3))):
+        like = ["--like", checkpoint] if path == "random" else []
+        assert np.array_equal(shown(path, *flags), expected(path, **how)), flags
+        assert not np.array_equal(shown(path, *flags), shown(path, *like)), flags
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 def test_exactly_zero_is_grey_and_nothing_else_is():
@@ -218,8 +276,9 @@ def test_exactly_zero_is_grey_and_nothing_else_is():
 def test_attention_shows_the_cls_row_of_every_head(tmp_path, checkpoint, capsys):
     dense = save(tmp_path / "dense.pt", attn="softmax", registers=0, specialize=False)
     name = picture(tmp_path / "a.png", (32, 32), 1)
-    image = draw(tmp_path / "x.png", "attention", "--weights", checkpoint, dense, "--images", name, "--block", "1")
-    shown, out = tiles(image, 3, 180), capsys.readouterr().out
+    image = draw(tmp_path / "x.png", "attention", "--weights", checkpoint, dense, "--images", name, "--block", "1",
+                 *wide(3))
+    shown, out = tiles(image, 3), capsys.readouterr().out
     x = vit.normalize(torch.from_numpy(np.array(Image.open(name))).permute(2, 0, 1)[None])
     for row, path in enumerate((checkpoint, dense)):
         model = disk.load_backbone(path)
@@ -423,6 +482,7 @@ def test_a_log_of_train_is_drawn(tmp_path, capsys):
     ("pca --weights random --images a.png --count 2", "--count goes with --data shapes"),
     ("pca --weights random --data shapes --count 0", "--count 0: must be at least 1"),
     ("attention --weights random --data shapes --size 0", "--size 0: must be at least 1"),
+    ("attention --weights a.pt --data shapes --heads 0", "--heads 0: must be at least 1"),
     ("pca --weights random --data shapes --width 200", "--width 200: must be at least 300"),
     ("pca --weights random --data shapes --labels a b", "--labels 2: needs 1, one for each of random"),
     ("attention --weights a.pt --like b.pt --data shapes", "--like goes with --weights random"),

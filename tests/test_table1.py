@@ -20,15 +20,15 @@ def away(tmp_path, monkeypatch):
 
 
 def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None, protocol=(), content=None, seed=0,
-        which="teacher", **config):
+        which="teacher", metrics=(), **config):
     """A weights file with `content` (default: its own path) and a probe's result on it; returns the result's path."""
     sha = None
     if weights != "random":
         Path(weights).parent.mkdir(parents=True, exist_ok=True)
         Path(weights).write_text(content or str(weights))
         sha = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    metrics = {METRIC.get(probe): value} if probe != "pib" else dict(pib=[99.0, value], chance=27.5)
-    metrics |= dict(miou_constant=7.9, rmse_constant=3.6)
+    value = dict(pib=[99.0, value], chance=27.5) if probe == "pib" else {METRIC[probe]: value}
+    metrics = value | dict(miou_constant=7.9, rmse_constant=3.6) | dict(metrics)
     out = Path(out or f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(
@@ -134,6 +134,32 @@ def test_equal_paths_on_two_machines_are_two_runs(capsys):
             Path(machine).mkdir(exist_ok=True)
             path.rename(Path(machine, path.name))
     assert row(tables(capsys, "a", "b")[1], "CLS baseline")["n"] == 2
+
+
+def test_a_run_of_more_than_9999_epochs_is_one_run(capsys):
+    for epochs in (9999, 10000, 20000):
+        put(f"runs/a/checkpoint_{epochs:04d}.pt", "knn", epochs / 1000, epochs=epochs)
+    assert row(tables(capsys)[1], "CLS baseline")["cells"]["k-NN top-1 %"]["values"] == [20.0]
+
+
+def test_controls_of_all_methods_lie_beside_each_other(capsys):
+    """runs/random/<probe>.<data>.<method>.s<seed>.json: a row for each method, a run for each seed."""
+    for name, config in dict(softmax={}, softmax_r4=dict(registers=4), entmax15=dict(attn="entmax15")).items():
+        for seed in (0, 1):
+            for probe in ("knn", "seg"):
+                put("random", probe, 10.0 + seed + len(name), epochs=0, seed=seed, which=None,
+                    out=f"runs/random/{probe}.shapes.{name}.s{seed}.json", **config)
+    _, shapes, _ = tables(capsys)
+    assert {r["method"]: [(c["n"], c["mean"]) for c in r["cells"].values()] for r in shapes["rows"]} == {
+        "untrained, CLS baseline": [(2, 17.5)] * 2, "untrained, Register-4": [(2, 20.5)] * 2,
+        "untrained, Entmax-1.5": [(2, 18.5)] * 2}
+
+
+def test_chance_of_pib_is_shown_beside_the_centre(capsys):
+    put("runs/a/checkpoint_0024.pt", "pib", 30.0)
+    assert "centre" not in run(capsys) and tables(capsys)[1]["centre"] is None      # of an older result
+    put("runs/b/checkpoint_0024.pt", "pib", 30.0, metrics=dict(centre=62.4))
+    assert "Chance of PiB is that of a random patch; always answering the centre has 62.40." in run(capsys)
 
 
 def test_untrained_weights_have_rows_of_their_own(capsys):
@@ -242,6 +268,18 @@ def test_other_protocols_are_refused(late):
     message = refused("runs")
     assert str(a) in message and str(b) in message and "lr" not in message and "mIoU %" in message
     assert ("iters 1000 and 500" if late else "iters 1000 and absent") in message
+
+
+def test_results_on_other_data_are_refused(capsys):
+    """Equal counts, other pictures; and a result from before results said which, beside one that says."""
+    a = put("runs/a/checkpoint_0024.pt", "seg", 1.0, protocol=dict(fingerprint="aaaa"))
+    b = put("runs/b/checkpoint_0000.pt", "seg", 2.0, protocol=dict(fingerprint="bbbb"), attn="entmax15", epochs=0)
+    assert f"{a} and {b}: mIoU % of different data: fingerprint aaaa and bbbb; run" in refused("runs")
+    put("runs/b/checkpoint_0000.pt", "seg", 2.0, attn="entmax15", epochs=0)
+    assert refused("runs") == (f"{b}: measured before results said on which data, and {a} says; run the probe again")
+    put("runs/b/checkpoint_0000.pt", "seg", 2.0, protocol=dict(fingerprint="aaaa"), attn="entmax15", epochs=0)
+    put("runs/b/checkpoint_0024.pt", "knn", 2.0, protocol=dict(fingerprint="cccc"), attn="entmax15")
+    assert [r["n"] for r in tables(capsys)[1]["rows"]] == [1, 1, 1]         # each column has its own data
 
 
 def test_columns_may_have_their_own_protocols(capsys):
