@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 import dino
 import entmax
 import train
+from paper import bench
 
 CPU = torch.device("cpu")
 TINY = ("--dim 32 --depth 1 --heads 2 --patch-size 8 --image-size 32 --local-size 16 --local-crops 2 --out-dim 64 "

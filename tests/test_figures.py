@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import checkpoint as disk
-import figures
 import vit
-from figures import fit_pca, pca_colours, ticks, whole_patches
+from paper import figures
+from paper.figures import fit_pca, pca_colours, ticks, whole_patches
 from shapes import Shapes
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,

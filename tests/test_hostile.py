@@ -153,8 +153,8 @@ HOSTILE = {
     "only a student": lambda: saved({key: value for key, value in checkpoint().items() if key != "teacher"}),
 }
 READERS = ["probe_linear.py --knn --weights {}", "probe_seg.py --weights {}", "probe_depth.py --weights {}",
-           "pib.py --weights {}", "figures.py pca --data shapes --weights {}",
-           "figures.py attention --data shapes --weights {}"]
+           "pib.py --weights {}", "paper.figures pca --data shapes --weights {}",
+           "paper.figures attention --data shapes --weights {}"]
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -220,7 +220,7 @@ USAGE = [
     ("train.py --no-fused", "--attn entmax15"), ("train.py --atn entmax15", "unrecognized"),
     *((f"{command} --seed {2**63}", "below 2\\^63") for command in (
         "train.py", "probe_linear.py --weights W.pt", "probe_seg.py --weights W.pt", "probe_depth.py --weights W.pt",
-        "pib.py --weights W.pt", "figures.py pca --weights W.pt --data shapes")),
+        "pib.py --weights W.pt", "paper.figures pca --weights W.pt --data shapes")),
     # the probes
     *((f"probe_{name}.py --weights W.pt --{flag} {value}", "must be at least|invalid")
       for name in ("linear", "seg", "depth") for flag in ("iters", "batch-size", "workers", "seed", "log-every")
@@ -238,16 +238,18 @@ USAGE = [
     ("pib.py --weights W.pt --max-area nan", "--max-area"), ("pib.py --weights W.pt --batch-size 0", "at least 1"),
     ("pib.py --weights W.pt --seed -1", "at least 0"), ("pib.py --weights W.pt --workers -1", "at least 0"),
     ("pib.py --weights W.pt --data folder", "needs --root"), ("pib.py --weights W.pt --data coco", "invalid choice"),
-    # figures.py
-    ("figures.py", "required"), ("figures.py movie", "invalid choice"), ("figures.py pca --weights W.pt", "required"),
-    ("figures.py pca --weights W.pt --data shapes --size 0", "at least 1"),
-    ("figures.py pca --weights W.pt --data shapes --count -1", "at least 1"),
-    ("figures.py pca --weights W.pt --data shapes --width 10", "at least 300"),
-    ("figures.py pca --weights W.pt --data shapes --seed -1", "at least 0"),
-    ("figures.py heatmap --results a.json --range 3 1", "must be the lower one"), ("figures.py curves", "required"),
-    # table1.py, bench.py
-    ("table1.py --jsn", "unrecognized"), ("bench.py", "required"), ("bench.py speed", "invalid choice"),
-    ("bench.py operator --repeats -3", "at least 1"), ("bench.py step --epochs 0", "at least 1"),
+    # paper.figures
+    ("paper.figures", "required"), ("paper.figures movie", "invalid choice"),
+    ("paper.figures pca --weights W.pt", "required"),
+    ("paper.figures pca --weights W.pt --data shapes --size 0", "at least 1"),
+    ("paper.figures pca --weights W.pt --data shapes --count -1", "at least 1"),
+    ("paper.figures pca --weights W.pt --data shapes --width 10", "at least 300"),
+    ("paper.figures pca --weights W.pt --data shapes --seed -1", "at least 0"),
+    ("paper.figures heatmap --results a.json --range 3 1", "must be the lower one"),
+    ("paper.figures curves", "required"),
+    # paper.table1, paper.bench
+    ("paper.table1 --jsn", "unrecognized"), ("paper.bench", "required"), ("paper.bench speed", "invalid choice"),
+    ("paper.bench operator --repeats -3", "at least 1"), ("paper.bench step --epochs 0", "at least 1"),
 ]
 
 
@@ -316,18 +318,18 @@ DATA = [
         f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
         f"{SEG} --data ade20k --root", f"{SEG} --data cityscapes --root", f"{DEPTH} --data nyu --root",
         f"{DEPTH} --data kitti --root", f"{DEPTH} --data sunrgbd --train-on sunrgbd --root", f"{PIB} --root",
-        "table1.py", "figures.py curves --runs", "figures.py heatmap --results", "bench.py data --data")),
+        "paper.table1", "paper.figures curves --runs", "paper.figures heatmap --results", "paper.bench data --data")),
     *((lambda: Path("void").mkdir(), f"{command} void", "void") for command in (
         f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
         f"{SEG} --data ade20k --root", f"{SEG} --data cityscapes --root", f"{DEPTH} --data nyu --root",
         f"{DEPTH} --data kitti --root", f"{DEPTH} --data sunrgbd --train-on sunrgbd --root", f"{PIB} --root",
-        "table1.py", "figures.py curves --runs", "figures.py heatmap --results", "bench.py data --data",
+        "paper.table1", "paper.figures curves --runs", "paper.figures heatmap --results", "paper.bench data --data",
         "probe_linear.py --weights", "probe_seg.py --weights", "probe_depth.py --weights", "pib.py --weights",
-        "figures.py pca --data shapes --weights")),
+        "paper.figures pca --data shapes --weights")),
     *((None, f"{command} pictures/00.png", "00.png") for command in (
         f"train.py {SIZES} --data", f"{KNN} --data folder --root", f"{SEG} --data voc --root",
-        f"{DEPTH} --data nyu --root", f"{PIB} --root", "table1.py", "figures.py heatmap --results",
-        "figures.py curves --runs")),
+        f"{DEPTH} --data nyu --root", f"{PIB} --root", "paper.table1", "paper.figures heatmap --results",
+        "paper.figures curves --runs")),
     # train.py
     (None, f"train.py {SIZES} --data pictures --batch-size 16", "pictures: 8 images, fewer than --batch-size 16"),
     (texts, f"train.py {SIZES} --data texts", "texts/.*unreadable"),
@@ -362,19 +364,21 @@ DATA = [
      "00.png: unreadable"),
     (lambda: [boxes(), draw("pictures/more", 1)], f"{PIB} --root pictures --boxes boxes", "two files of one name"),
     (below_a_file, "pib.py --weights W.pt --out file/x.json", "file"),
-    # figures.py and table1.py
-    (texts, "figures.py pca --weights W.pt --images texts/0.jpg", "texts/0.jpg: unreadable"),
-    (None, "figures.py pca --weights W.pt --images nowhere.png", "nowhere.png: unreadable"),
-    (None, "figures.py attention --weights W.pt --data shapes --block 9", "block 9 does not exist"),
-    (below_a_file, "figures.py pca --weights W.pt --data shapes --count 1 --out file/x.png", "file"),
+    # paper.figures and paper.table1
+    (texts, "paper.figures pca --weights W.pt --images texts/0.jpg", "texts/0.jpg: unreadable"),
+    (None, "paper.figures pca --weights W.pt --images nowhere.png", "nowhere.png: unreadable"),
+    (None, "paper.figures attention --weights W.pt --data shapes --block 9", "block 9 does not exist"),
+    (below_a_file, "paper.figures pca --weights W.pt --data shapes --count 1 --out file/x.png", "file"),
     *((lambda text=text: Path("x.linear.shapes.json").write_text(text), f"{command} x.linear.shapes.json",
        r"x\.linear\.shapes\.json") for text in ("", "{", "[]", "{}", '{"probe": "linear"}', "null", "\x00")
-      for command in ("table1.py", "figures.py heatmap --results")),
-    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text("text")], "figures.py curves --runs r", "r/log.jsonl"),
-    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text('{"args": 1}\n')], "figures.py curves --runs r", "r"),
-    # bench.py
-    (texts, f"bench.py data {SIZES} --data texts --repeats 1", "texts/"),
-    (below_a_file, "bench.py operator --repeats 1 --out file/x.json", "file"),
+      for command in ("paper.table1", "paper.figures heatmap --results")),
+    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text("text")], "paper.figures curves --runs r",
+     "r/log.jsonl"),
+    (lambda: [Path("r").mkdir(), Path("r/log.jsonl").write_text('{"args": 1}\n')],
+     "paper.figures curves --runs r", "r"),
+    # paper.bench
+    (texts, f"paper.bench data {SIZES} --data texts --repeats 1", "texts/"),
+    (below_a_file, "paper.bench operator --repeats 1 --out file/x.json", "file"),
 ]
 
 
@@ -399,12 +403,12 @@ def test_odd_data_that_is_no_error(capsys):
                     "--save-images 2",
                     f"pib.py --weights {NEW}.pt", f"probe_seg.py --weights {NEW}.pt --iters 1 --batch-size 2",
                     f"probe_depth.py --weights {NEW}.pt --iters 1 --batch-size 2",
-                    f"figures.py pca --weights {NEW}.pt --images odd/val/{NEW}0/00.png",
-                    f"figures.py attention --weights {NEW}.pt --images odd/val/{NEW}0/00.png"):
+                    f"paper.figures pca --weights {NEW}.pt --images odd/val/{NEW}0/00.png",
+                    f"paper.figures attention --weights {NEW}.pt --images odd/val/{NEW}0/00.png"):
         assert run(command, capsys) == (0, ""), command
     results = sorted(Path(".").glob("*.json"))
     assert len(results) == 5 and all(json.loads(path.read_text())["weights"] == f"{NEW}.pt" for path in results)
-    assert run("table1.py . --out table.md", capsys) == (0, "") and Path("table.md").exists()
+    assert run("paper.table1 . --out table.md", capsys) == (0, "") and Path("table.md").exists()
 
 
 # ---- in processes of their own
@@ -412,16 +416,19 @@ def test_odd_data_that_is_no_error(capsys):
 REAL = [
     ("train.py --data nowhere", 1, "nowhere: no such"),
     ("probe_linear.py --weights nowhere.pt", 1, "nowhere.pt: no such"),
-    ("probe_seg.py --weights nowhere.pt", 1, "nowhere.pt: no such"), ("table1.py nowhere", 1, "nowhere: no such"),
+    ("probe_seg.py --weights nowhere.pt", 1, "nowhere.pt: no such"), ("paper.table1 nowhere", 1, "nowhere: no such"),
     ("probe_depth.py --weights nowhere.pt", 1, "nowhere.pt: no such"),
-    ("pib.py --weights nowhere.pt", 1, "nowhere.pt: no such"), ("bench.py operator --repeats 0", 2, "--repeats 0"),
-    ("figures.py pca --data shapes --weights nowhere.pt", 1, "nowhere.pt: no such"),
+    ("pib.py --weights nowhere.pt", 1, "nowhere.pt: no such"), ("paper.bench operator --repeats 0", 2, "--repeats 0"),
+    ("paper.figures pca --data shapes --weights nowhere.pt", 1, "nowhere.pt: no such"),
 ]
 
 
 def test_every_script_as_a_real_process():
-    processes = [subprocess.Popen([sys.executable, ROOT / script, *argv], text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE) for script, *argv in (case[0].split() for case in REAL)]
+    processes = []
+    for command, _, _ in REAL:
+        script, *argv = command.split()
+        processes.append(subprocess.Popen([sys.executable, "-m", script.removesuffix(".py"), *argv], cwd=ROOT,
+                                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     for process, (command, status, message) in zip(processes, REAL, strict=True):
         printed, complaint = process.communicate(timeout=600)           # only against hanging
         lines = complaint.strip().splitlines()
@@ -452,7 +459,7 @@ def test_features_that_overflow_give_no_number(command, amount, amp, capsys):
 @pytest.mark.parametrize("command", ["pca", "attention"])
 def test_features_that_overflow_give_no_picture(command, capsys):
     torch.save(overflowing(3e38), "huge.pt")
-    refused(f"figures.py {command} --data shapes --weights huge.pt", 1, r"^huge\.pt: .*not finite", capsys)
+    refused(f"paper.figures {command} --data shapes --weights huge.pt", 1, r"^huge\.pt: .*not finite", capsys)
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
@@ -466,16 +473,16 @@ def test_weights_of_the_other_network_are_not_taken_for_them(which, capsys):
 
 def test_result_beside_changed_weights_enters_no_table(capsys):
     assert run("probe_linear.py --knn --weights W.pt", capsys) == (0, "")
-    assert run("table1.py .", capsys) == (0, "")
+    assert run("paper.table1 .", capsys) == (0, "")
     torch.save(checkpoint(epoch=4), "W.pt")
-    refused("table1.py .", 1, r"W\.pt", capsys)
+    refused("paper.table1 .", 1, r"W\.pt", capsys)
 
 
 # ---- what the sources never do
 
 def test_sources_neither_evaluate_nor_download_nor_listen():
     """No eval or exec, no shell, no pickle, no unsafe torch.load, no network module, no torch.hub."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("paper/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.name}, line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import | ast.ImportFrom):

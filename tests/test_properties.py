@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import dino
-import figures
 import pib
 import probe_seg
 import train
 import vit
 from entmax import entmax15, entmax15_attention, entmax15_sort
+from paper import figures
 
 
 def forall(count):

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-import figures
 import pib
 import probe_depth
 import probe_linear
 import probe_seg
-import table1
 import train
+from paper import figures, table1
 
-SCRIPT = Path(__file__).parent.parent / "reproduce.sh"
+SCRIPT = Path(__file__).parent.parent / "paper/reproduce.sh"
 PARSERS = {"train.py": train, "pib.py": pib, "probe_linear.py": probe_linear, "probe_seg.py": probe_seg,
-           "probe_depth.py": probe_depth, "figures.py": figures, "table1.py": table1}
+           "probe_depth.py": probe_depth, "paper.figures": figures, "paper.table1": table1}
 STAND_IN = r"""#!/usr/bin/env bash
 [[ $0 != *torchrun ]] || shift 2                                    # --nproc-per-node N
 printf -v line '%s\t' "$@"
 echo "$line" >> calls
+[[ $1 != -m ]] || shift
 script=$1
 while shift; do case ${1-} in
   --out) out=$2 ;;
@@ -56,20 +56,21 @@ def reproduce(tmp_path):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
 
     def run(background=False, **variables):
         (tmp_path / "calls").unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if k not in ("IMAGENET", "VOC", "METHODS", "SEEDS", "JOBS")}
         process = subprocess.Popen(
-            ["bash", SCRIPT.name], cwd=tmp_path, preexec_fn=heeds_interrupts, text=True,
+            ["bash", f"paper/{SCRIPT.name}"], cwd=tmp_path, preexec_fn=heeds_interrupts, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=clean | variables | dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"))
         if background:
             return process
         said = process.communicate(timeout=600)[0]
         calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-        return process.returncode, [line.split("\t")[:-1] for line in calls], said
+        return process.returncode, [line.removeprefix("-m\t").split("\t")[:-1] for line in calls], said
     return run
 
 
@@ -82,7 +83,7 @@ def parse(calls, folder, monkeypatch):
     monkeypatch.chdir(folder)
     parsed = []
     for script, *argv in calls:
-        if script == "figures.py" and "--results" in argv:          # must be there; of one run
+        if script == "paper.figures" and "--results" in argv:          # must be there; of one run
             files = argv[argv.index("--results") + 1:argv.index("--range")]
             files = [Path(name) for name in files if name.endswith(".json")]
             assert len(files) == 3 and all(f.exists() and f.parent == files[0].parent for f in files)
@@ -96,7 +97,7 @@ def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
     assert code == 0, said
     assert {name: names(calls).count(name) for name in PARSERS} == {
         "train.py": 12, "probe_linear.py": 12 + 4, "probe_depth.py": 12 + 4, "probe_seg.py": 12 + 4 + 2 * 3,
-        "pib.py": 12, "figures.py": 3 + 4 + 2 * 2, "table1.py": 1}
+        "pib.py": 12, "paper.figures": 3 + 4 + 2 * 2, "paper.table1": 1}
     parsed = parse(calls, tmp_path, monkeypatch)
     trained = [args for script, args in parsed if script == "train.py"]
     assert {(a.attn, a.registers, a.specialize, a.seed) for a in trained} == {
@@ -115,7 +116,7 @@ def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
     found = table1.find_results(["runs"])                           # Fig. 2b's are of another protocol
     assert len(found) == 12 * 3 + 3 * 16 and not {Path(m.out) for m in maps} & set(found)
     table = parsed[-1][1]
-    assert sorted(table.results) == sorted(defaults) and table.out == "results/table1.md"
+    assert sorted(table.results) == sorted(defaults) and table.out == "paper/results/table1.md"
 
 
 def test_what_is_finished_the_probes_decide(reproduce):

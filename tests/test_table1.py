@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import table1
+from paper import table1
 
 CONFIG = dict(image_size=64, patch_size=8, dim=64, depth=4, heads=2, mlp_ratio=4, attn="softmax", registers=0,
               specialize=False, drop_path=0.0)

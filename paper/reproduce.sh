@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The exact commands behind every table and figure, from nothing to results/.
+# The exact commands behind every table and figure, from nothing to paper/results/.
 #
-#     ./reproduce.sh                                        the embedded data set: about 45 minutes on two CPU cores
-#     IMAGENET=DIR VOC=DIR NYU=DIR GPUS=8 ./reproduce.sh    the paper's protocol, with the probes whose data are given
+#     paper/reproduce.sh                                        the embedded data set: about 45 minutes on two CPU cores
+#     IMAGENET=DIR VOC=DIR NYU=DIR GPUS=8 paper/reproduce.sh    the paper's protocol, with the probes whose data are given
 #
 # Stop it and start it again: a training goes on from its last save, a probe from its heads, and what is finished takes
-# seconds: each tells by itself, from weights, data and flags, whether its result is there. JOBS commands run side by side, each with a log of its own; the first that fails stops the others.
+# seconds: each tells by itself, from weights, data and flags, whether its result is there. JOBS commands run side by
+# side, each with a log of its own; the first that fails stops the others.
 # The paper's protocol takes these folders, each as --root of its probe: IMAGENET (train/ and val/), BOXES (XMLs of val),
 # VOC, ADE20K, CITYSCAPES, NYU, SUNRGBD (with NYU), KITTI. Also read: SEEDS, METHODS, JOBS, GPUS, and TRAIN_FLAGS and
 # PROBE_FLAGS, which are added to every training and to every probe that trains heads.
 set -euo pipefail
 shopt -s extglob                                  # +([0-9]) is a number
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 METHODS=${METHODS:-softmax softmax_r4 softmax_spec entmax15}
 declare -A FLAGS=([softmax]="" [softmax_r4]="--registers 4" [softmax_spec]="--specialize" [entmax15]="--attn entmax15")
 roots=${VOC-}${ADE20K-}${CITYSCAPES-}${NYU-}${SUNRGBD-}${KITTI-}${BOXES-}
@@ -109,9 +110,9 @@ done
 finish
 
 # ---- figures and tables
-figure() { pool "runs/figure_$1.log" python figures.py "${@:2}" --out "results/$1.png"; }
+figure() { pool "runs/figure_$1.log" python -m paper.figures "${@:2}" --out "paper/results/$1.png"; }
 
-mkdir -p results
+mkdir -p paper/results
 folders=() weights=()
 for method in $METHODS; do
   folders+=("runs/${name}_${method}_s$first")
@@ -136,5 +137,5 @@ for run in "${folders[@]}"; do                    # of one range, or their colou
   done
 done
 finish
-python table1.py "${runs[@]}" --out results/table1.md
-echo "$((SECONDS / 60)) min; results/ holds the tables and figures"
+python -m paper.table1 "${runs[@]}" --out paper/results/table1.md
+echo "$((SECONDS / 60)) min; paper/results/ holds the tables and figures"

@@ -1,9 +1,9 @@
 """Pictures of what a model has learnt, drawn with Pillow alone: PCA of patches, attention, heat maps, curves.
 
-    python figures.py pca --weights A.pt B.pt --images *.jpg --size 448                  Fig. 1: input | A | B
-    python figures.py attention --weights A.pt B.pt --data shapes --count 1              where [CLS] looks, head by head
-    python pib.py --weights RUN; python figures.py heatmap --results RUN/*.pib.*.json    Fig. 2: block x epoch
-    python figures.py curves --runs RUN_A RUN_B --keys loss entropy                      log.jsonl of several runs
+    python -m paper.figures pca --weights A.pt B.pt --images *.jpg --size 448             Fig. 1: input | A | B
+    python -m paper.figures attention --weights A.pt B.pt --data shapes --count 1         where [CLS] looks, by head
+    python pib.py --weights RUN; python -m paper.figures heatmap --results RUN/*.pib.*.json   Fig. 2
+    python -m paper.figures curves --runs RUN_A RUN_B --keys loss entropy                 log.jsonl of several runs
 
 Each writes one PNG, --out; the same input gives the same bytes on one machine.
 PCA: the patches of the last block after the final norm; their first three components, each from its least to its

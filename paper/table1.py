@@ -1,7 +1,7 @@
 """Table 1: the results of the probes as mean ± sd over pretraining seeds, one row for each method.
 
-    python table1.py                                            every result below runs/
-    python table1.py runs/a runs/b --out results/table1.md      of these runs only; --json for other programs
+    python -m paper.table1                                                every result below runs/
+    python -m paper.table1 runs/a runs/b --out paper/results/table1.md    of these only; --json for programs
 
 Two tables: the paper's data sets beside the paper's values (complete data and trained weights only; what is left out is
 named), and the embedded shapes with untrained weights and chance beside them. A row is a method: (attn, registers,

@@ -1,9 +1,9 @@
 """Speed and memory of the operator, of attention, of a training step and of the data path; on CUDA and on a CPU.
 
-    python bench.py operator                entmax-1.5 against softmax, and against deep-spin's `entmax` if installed
-    python bench.py attention               fused and eager entmax attention against scaled_dot_product_attention
-    python bench.py step --data ANY         a training step of either map; flags of train.py, no picture is read
-    python bench.py data --data DIR         is it the loader or the step that limits training, and what would help
+    python -m paper.bench operator          entmax-1.5 against softmax, and deep-spin's `entmax` if installed
+    python -m paper.bench attention         fused and eager entmax attention against scaled_dot_product_attention
+    python -m paper.bench step --data ANY   a training step of either map; flags of train.py, no picture is read
+    python -m paper.bench data --data DIR   is it the loader or the step that limits training, and what would help
 
 Every variant of a case takes its turn in every round. Given are medians over the rounds, the quartiles low and high,
 and the median ratio to the baseline of the same round, since what slows the machine for a moment slows all alike.
