@@ -18,7 +18,8 @@ import vit
 from probe_linear import knn
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics",
+        "protocol"}
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +187,7 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
     expected = {k: knn_by_hand(*bank, *queries, 3, k) for k in (10, 20, 100, 200)}
     assert set(r) == KEYS
     assert r["metrics"] == pytest.approx(
-        {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}})
+        {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}, "top1_constant": 300 / 7})
     assert (r["probe"], r["data"], r["weights"], r["which"], r["epochs"]) == ("knn", "folder", checkpoint, which, 3)
     assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     assert r["config"] == dataclasses.asdict(CONFIG)
@@ -206,7 +207,7 @@ def test_features_equal_the_extraction_by_hand(tmp_path, checkpoint):
     root = draw(tmp_path / "pictures")
     model = disk.load_backbone(checkpoint)
     args = options("--weights", checkpoint, "--data", "folder", "--root", root, "--workers", "1", "--batch-size", "5")
-    train, val, classes = probe_linear.open_data(args, 32)
+    train, val, *_ = probe_linear.open_data(args, 32)
     for images, split in ((train, "train"), (val, "val")):
         ours = probe_linear.extract(model, images, args, torch.device("cpu"))
         by_hand = features_by_hand(model, root, split)
@@ -228,8 +229,8 @@ def test_shapes_end_to_end(few_scenes, checkpoint, capsys, tmp_path):
 
 
 def test_shapes_default_to_two_thousand_and_one_thousand():
-    train, val, classes = probe_linear.open_data(options("--weights", "random"), 32)
-    assert (len(train), len(val), classes) == (2000, 1000, shapes.CLASSES)
+    train, val, *rest = probe_linear.open_data(options("--weights", "random"), 32)
+    assert (len(train), len(val), *rest) == (2000, 1000, shapes.CLASSES, shapes.FINGERPRINT)
 
 
 def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes, checkpoint, capsys, tmp_path):
@@ -244,7 +245,7 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
     assert not torch.equal(models["1"].pos_embed, disk.load_backbone(checkpoint).pos_embed)
 
     probe_linear.main(["--knn", "--weights", "random", "--like", checkpoint, "--seed", "4", "--workers", "0"])
-    r = result(capsys, tmp_path / "runs/random/knn.shapes.s4.json")
+    r = result(capsys, tmp_path / "runs/random/knn.shapes.entmax15_r2.s4.json")
     assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
 
 
@@ -399,7 +400,7 @@ def test_linear_end_to_end(tmp_path, checkpoint, capsys):
     model = disk.load_backbone(checkpoint)                           # top-1 of the saved heads, one picture at a time
     heads = torch.load(tmp_path / "tiny.linear.folder.head.pt", weights_only=True)["heads"]
     right = torch.zeros(2, 13)
-    _, val, _ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
+    _, val, *_ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
     for image, label in val:
         cls = model(vit.normalize(image)[None])[0]
         for s in range(2):
@@ -473,6 +474,7 @@ def test_unfinished_heads_of_other_settings_are_refused_and_finished_ones_replac
     assert status == 1 and "weights_sha256" in line
     assert Path("x.head.pt").read_bytes() == before
     probe_linear.main(flags)
+    Path("x.json").unlink()                                         # else its number would be overwritten: refused
     probe_linear.main([*flags, "--seeds", "1"])
     assert len(torch.load("x.head.pt", weights_only=True)["heads"]["weight"]) == 1
 
@@ -529,7 +531,7 @@ def cut_short(root):
     *((*case, 0, knn) for knn in (True, False) for case in (
         (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
         (add_class, "folder", "pictures: violet not in both train/ and val/"),
-        (empty_class, "folder", "train: .*void"),
+        (empty_class, "folder", "train/void: holds no picture"),
         (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable"),
         (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"))),
     (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable", 1, True),
