@@ -68,7 +68,7 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-    p.add_argument("--heads", type=int, help="attention heads, if the file does not say; default width / 64, as in DINO")
+    p.add_argument("--heads", type=int, help="attention heads, where the file does not say; default width / 64: DINO's")
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
     p.add_argument("--root", help=f"folder that holds {TREE}")
