@@ -683,8 +683,7 @@ def test_pictures_of_another_root_have_their_own_number(tmp_path, checkpoint, ca
         patch.setattr(probe_linear, "extract", None)                # whatever would look at a picture, fails
         a.rename(tmp_path / "c")                                    # another place is no other data
         probe_linear.main([*flags, "--root", str(tmp_path / "c")])
-        patch.chdir(tmp_path / "c")
-        probe_linear.main([*flags, "--root", "."])
+        probe_linear.main([*flags, "--root", "./c/"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert lines == first * 2
     status, line = exits(capsys, *flags, "--root", b, "--out", tmp_path / "tiny.linear.folder.json")
@@ -701,6 +700,9 @@ def test_other_class_folders_of_the_same_pictures_are_other_data(tmp_path, check
         (root / split / "x").rename(root / split / "blue")
     probe_linear.main(flags)
     assert len(list(tmp_path.glob("tiny.knn.folder*.json"))) == 2
+    Image.new("RGB", (50, 40)).save(root / "val/red/0.png")         # a val picture counts as much
+    probe_linear.main(flags)
+    assert len(list(tmp_path.glob("tiny.knn.folder*.json"))) == 3
 
 
 def test_untrained_networks_of_two_methods_have_a_file_each(few_scenes, checkpoint, tmp_path):
@@ -757,13 +759,15 @@ def test_a_val_that_is_trained_on_is_refused(tmp_path, checkpoint, capsys, make,
 
 
 def test_names_and_sizes_that_train_has_too_are_no_copies(tmp_path, checkpoint, capsys):
-    """All names and bytes per file equal, one picture of eleven in both splits: measured, and said."""
+    """All names, sizes and times equal, one picture of eleven in both splits: measured, and said."""
     for split, n in (("train", 11), ("val", 11)):
         for name in "ab":
             (tmp_path / "d" / split / name).mkdir(parents=True)
         for i in range(n):
             Image.effect_noise((9, 9), 80).save(tmp_path / f"d/{split}/{'ab'[i % 2]}/{i}.bmp")
     shutil.copy(tmp_path / "d/train/b/5.bmp", tmp_path / "d/val/b/5.bmp")
+    for path in (tmp_path / "d").rglob("*.bmp"):
+        os.utime(path, (0, 0))
     probe_linear.main(["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(tmp_path / "d"),
                        "--workers", "0"])
     assert "val/b/5.bmp: is in train/ too, as 1 of 11 val pictures" in capsys.readouterr().out
