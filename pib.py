@@ -171,8 +171,8 @@ class Pictures:
         xmls = by_stem(args.boxes, (".xml",))
         pairs = sorted(pictures.keys() & xmls.keys())
         if not pairs:
-            sys.exit(f"{args.boxes}: {len(xmls):,} .xml files and none is named like one of the {len(pictures):,} "
-                     f"pictures below {args.root}; --boxes must hold <name of a picture>.xml")
+            sys.exit(f"{args.boxes}: of its .xml files ({len(xmls):,}) none is named like one of the pictures below "
+                     f"{args.root} ({len(pictures):,}); --boxes must hold <name of a picture>.xml")
         self.items, several, large, odd = [], 0, 0, 0
         for stem in pairs:
             (width, height), boxes = read_boxes(xmls[stem])
