@@ -7,6 +7,8 @@
 PiB is the share of images whose patch of highest cosine similarity to [CLS] overlaps the box of the object, for every
 block: its output through the model's final norm (--raw: without). Kept are images with one object whose box covers less
 than 25 % of the picture, as in LaSt-ViT, from which the paper takes the measure. Registers are no candidates.
+Two numbers belong beside it: chance, the share of patches that overlap the box, and centre, the share of images whose
+box overlaps the central patch (mean of the central four on an even grid), as objects mostly lie there.
 
 From the same forward, per block: attention support (non-zero weights of a row, per head), attention mass from patches
 to [CLS] and to registers, share of high-norm patches (> 5 x the median of their image, before the norm), mean cosine
@@ -18,12 +20,10 @@ written to --out.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import vit
-from shapes import Shapes
+from shapes import FINGERPRINT, Shapes
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 HIGH = 5                                                            # times the median norm
 
@@ -48,6 +48,7 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    p.add_argument("--heads", type=int, help="attention heads, where the file does not say; default width / 64: DINO's")
     # data
     p.add_argument("--data", choices=["shapes", "folder"], default="shapes", help="folder: pictures with VOC-style XML")
     p.add_argument("--root", help="folder of pictures, at any depth")
@@ -78,14 +79,12 @@ def check_args(p, args):
         p.error("--like goes with --weights random: a checkpoint brings its own architecture")
     if not 0 < args.max_area <= 1:
         p.error(f"--max-area {args.max_area}: a share of the picture, above 0 and at most 1")
-    for name in "batch_size seed".split():
-        least = int(name == "batch_size")
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    for name in "heads batch_size workers seed".split():
+        least, value = int(name in ("heads", "batch_size")), getattr(args, name)
+        if value is not None and value < least:
+            p.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.workers is None:
         args.workers = 0 if args.data == "shapes" else min(10, os.cpu_count())
-    if args.workers < 0:
-        p.error(f"--workers {args.workers}: must be at least 0")
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     args.boxes = args.boxes or args.root
@@ -124,11 +123,20 @@ def read_boxes(path):
         tree = ElementTree.parse(path)
         size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
         boxes = [tuple(float(box.find(corner).text) for corner in ("xmin", "ymin", "xmax", "ymax"))
-                 for box in tree.iter("bndbox")]
+                 for box in (thing.find("bndbox") for thing in tree.findall("object"))]      # its parts have some, too
     except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no VOC-style boxes ({error}); it must hold size/width, size/height and "
                          "object/bndbox/xmin, ymin, xmax, ymax as numbers") from error
+    refuse_sure_misses(path, size, boxes)
     return size, boxes
+
+
+def refuse_sure_misses(path, size, boxes):
+    """A box without area inside its picture is a miss whatever the network does."""
+    for left, top, right, bottom in boxes or [(0, 0, *size)]:
+        if not (max(left, 0) < min(right, size[0]) and max(top, 0) < min(bottom, size[1])):
+            raise ValueError(f"{path}: box {left:g}, {top:g}, {right:g}, {bottom:g} has no area in a picture of "
+                             f"{size[0]} x {size[1]}; mend or remove it")
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -142,7 +150,8 @@ class Scenes:
             x0, y0, x1, y1 = self.scenes[i]["box"].tolist()
             if (x1 - x0) * (y1 - y0) < args.max_area * config.image_size**2:
                 self.kept.append(i)
-        self.summary = f"{len(self.scenes):,} scenes, kept {len(self.kept):,} (box below {args.max_area:.0%})"
+        self.fingerprint = FINGERPRINT
+        self.summary = f"{len(self.scenes):,} scenes, kept {len(self.kept):,} (box below {100 * args.max_area:g} %)"
 
     def __len__(self):
         return len(self.kept)
@@ -162,8 +171,8 @@ class Pictures:
         xmls = by_stem(args.boxes, (".xml",))
         pairs = sorted(pictures.keys() & xmls.keys())
         if not pairs:
-            sys.exit(f"{args.boxes}: {len(xmls):,} .xml files and none is named like one of the {len(pictures):,} "
-                     f"pictures below {args.root}; --boxes must hold <name of a picture>.xml")
+            sys.exit(f"{args.boxes}: of its .xml files ({len(xmls):,}) none is named like one of the pictures below "
+                     f"{args.root} ({len(pictures):,}); --boxes must hold <name of a picture>.xml")
         self.items, several, large, odd = [], 0, 0, 0
         for stem in pairs:
             (width, height), boxes = read_boxes(xmls[stem])
@@ -175,9 +184,12 @@ class Pictures:
                 odd += 1
             else:
                 self.items.append((pictures[stem], boxes, (width, height)))
-        self.summary = (f"{len(pictures):,} pictures, {len(pairs):,} with boxes, kept {len(self.items):,}; left out "
-                        f"{several:,} with {'no' if args.all_objects else 'not exactly one'} object, {large:,} with a "
-                        f"box of {args.max_area:.0%} or more, {odd:,} of another size than their XML states")
+        self.fingerprint = "-".join([checkpoint.fingerprint(args.root, [pictures[stem] for stem in pairs]),
+                                     checkpoint.fingerprint(args.boxes, (), [xmls[stem] for stem in pairs])])
+        self.summary = (f"{len(pictures):,} picture{'s' * (len(pictures) > 1)}, {len(pairs):,} with boxes, kept "
+                        f"{len(self.items):,}; left out {several:,} with "
+                        f"{'no' if args.all_objects else 'not exactly one'} object, {large:,} with a box of "
+                        f"{100 * args.max_area:g} % or more, {odd:,} of another size than their XML states")
 
     def __len__(self):
         return len(self.items)
@@ -193,15 +205,15 @@ class Pictures:
 
 
 def by_stem(folder, suffixes):
-    """{file name without suffix: path} of all such files below a folder."""
+    """{file name without suffix: path} of all such files below a folder, less hidden ones: ._0.jpg of macOS, ..."""
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: no such folder")
     found = {}
     for directory, below, names in os.walk(folder):
-        below.sort()
+        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
+            if suffix.lower() in suffixes and not name.startswith("."):
                 path = os.path.join(directory, name)
                 if stem in found:
                     sys.exit(f"{path} and {found[stem]}: two files of one name; pictures and boxes are paired by it")
@@ -222,6 +234,12 @@ def point_in_box(similarity, inside):
     """(B,) bool: the largest of the (B, h, w) similarities, the first of equals, lies in the (B, h, w) boxes."""
     top = similarity.flatten(1).argmax(1, keepdim=True)
     return inside.flatten(1).gather(1, top)[:, 0]
+
+
+def centre(inside):
+    """(B,) share of the central patch, or of the central four of an even grid, in the (B, h, w) boxes."""
+    middle = slice((inside.shape[-1] - 1) // 2, inside.shape[-1] // 2 + 1)
+    return inside[:, middle, middle].double().mean((1, 2))
 
 
 def mean_where(values, mask):
@@ -248,9 +266,10 @@ def block_signs(weights, x, model, inside, raw):
 @torch.inference_mode()
 def measure(model, images, args, device):
     """(dict of (depth, ...) means over images, dict of counts) in one forward per batch."""
-    signs, overlapped, finite = [{} for _ in model.blocks], [], True
+    signs, overlapped, central, finite = [{} for _ in model.blocks], [], [], True
     for x, inside in DataLoader(images, args.batch_size, num_workers=args.workers):
         overlapped.append(inside.flatten(1).sum(1))
+        central.append(centre(inside))
         x, inside = x.to(device), inside.to(device)
         with torch.autocast(device.type, PRECISION[args.amp], enabled=args.amp != "off"):
             x = model.embed(vit.normalize(x))
@@ -264,20 +283,15 @@ def measure(model, images, args, device):
         raise ValueError("its features are not finite; the weights are damaged")
     means = {name: torch.stack([torch.cat(seen[name]).nanmean(0) for seen in signs]) for name in signs[0]}
     overlapped = torch.cat(overlapped)
-    patches = inside[0].numel()
-    return means, dict(chance=100 * overlapped.double().mean().item() / patches, n=len(overlapped),
+    return means, dict(chance=100 * overlapped.double().mean().item() / inside[0].numel(),
+                       centre=100 * torch.cat(central).mean().item(), n=len(overlapped),
                        missed=int((overlapped == 0).sum()), tokens=weights.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------- results
-def write_result(out, result):
-    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
-    print(line, flush=True)
-
-
-def print_table(path, means, counts, heads):
-    print(f"{path}: n {counts['n']:,}, {counts['missed']} boxes miss the crop, chance {counts['chance']:.1f} %")
+def print_table(path, means, counts):
+    print(f"{path}: n {counts['n']:,}, {counts['missed']:,} of them with the box outside the crop; PiB by chance "
+          f"{counts['chance']:.1f} %, of always the centre {counts['centre']:.1f} %")
     print(f"block  PiB %  cosine inside  outside  high-norm %  patches attend to [CLS] %  to registers %  "
           f"support of {counts['tokens']} tokens, by head")
     for b in range(len(means["pib"])):
@@ -289,10 +303,7 @@ def print_table(path, means, counts, heads):
 
 def evaluate(path, args, device, opened):
     """PiB of one file of weights: prints it and writes the result beside the weights. `opened`: data by grid."""
-    out = Path(args.out or (f"runs/random/pib.{args.data}.s{args.seed}.json" if path == "random" else
-                            f"{path.removesuffix('.pt')}.pib.{args.data}.json"))
-    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
-    checkpoint.room_for(out)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     grid = model.config.image_size, model.config.patch_size
     if grid not in opened:
         opened[grid] = (Scenes if args.data == "shapes" else Pictures)(model.config, args)
@@ -300,20 +311,26 @@ def evaluate(path, args, device, opened):
     images = opened[grid]
     if not len(images):
         raise ValueError(f"{args.root or args.data}: no image is left; raise --max-area or give --all-objects")
+    result = dict(
+        probe="pib", data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed,
+        metrics=None,
+        protocol=dict(probe="pib", data=args.data, fingerprint=images.fingerprint, n=len(images), size=grid[0],
+                      max_area=args.max_area, all_objects=args.all_objects,
+                      norm="none" if args.raw else "final norm on every block", hit="patch area overlaps the box",
+                      precision=args.amp),
+    )
+    default = checkpoint.result_path(path, "pib", args.data, model.config, args.seed)
+    out, finished = checkpoint.claim(args.out, default, result)
+    if finished:
+        checkpoint.say_finished(out, finished)
+        return
     means, counts = measure(model, images, args, device)
-    print_table(path, means, counts, model.config.heads)
+    print_table(path, means, counts)
     percent = ("pib", "to_cls", "to_registers", "high_norm")
     metrics = {name: (values * 100 if name in percent else values).tolist() for name, values in means.items()}
     for name in ("cos_inside", "cos_outside"):                      # NaN, which is no JSON: every patch on one side
         metrics[name] = [None if math.isnan(value) else value for value in metrics[name]]
-    result = dict(
-        probe="pib", data=args.data, **facts, config=dataclasses.asdict(model.config), seed=args.seed,
-        metrics=dict(metrics, **counts),
-        protocol=dict(probe="pib", data=args.data, n=len(images), size=grid[0], max_area=args.max_area,
-                      all_objects=args.all_objects, norm="none" if args.raw else "final norm on every block",
-                      hit="patch area overlaps the box", precision=args.amp),
-    )
-    write_result(out, result)
+    checkpoint.write_result(out, dict(result, metrics=dict(metrics, **counts)))
 
 
 def main(argv=None):

@@ -8,7 +8,8 @@ Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CL
 norm, 12,500 iterations of 1,024 random-resized crops, SGD, 13 learning rates side by side, best final top-1.
 k-NN: DINO's weighted vote (Caron et al. 2021, app. F; Wu et al. 2018): the k train images of highest cosine similarity
 s vote for their class with weight exp(s / 0.07).
-The last line printed is the result as JSON, also written to --out; an interrupted probe goes on where it was saved.
+The last line printed is the result as JSON, also written to --out; a probe that was asked to end saves, and the same
+command goes on from there.
 
     B images, D width, C classes, S head seeds, L learning rates
 """
@@ -16,7 +17,8 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 import argparse
 import dataclasses
 import datetime
-import json
+import filecmp
+import functools
 import math
 import os
 import statistics
@@ -31,11 +33,10 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 import checkpoint
 import vit
-from shapes import CLASSES, Shapes
+from shapes import CLASSES, FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it in seconds.
 RECIPES = {
@@ -47,6 +48,7 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 NEIGHBOURS = (10, 20, 100, 200)                                     # 20 is the headline, as in DINO
 TEMPERATURE = 0.07
 TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 EXPECTED = {"imagenet": {"train": 1_281_167, "val": 50_000}}
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 ORDER, CROP = range(2)                                              # streams of random numbers
@@ -66,10 +68,12 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    p.add_argument("--heads", type=int, help="attention heads, where the file does not say; default width / 64: DINO's")
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
     p.add_argument("--root", help=f"folder that holds {TREE}")
-    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds")
+    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds, and in "
+                   "val/ fewer classes than in train/")
     # heads
     p.add_argument("--iters", type=int, help="iterations; the cosine schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images per iteration")
@@ -98,10 +102,10 @@ def check_args(p, args):
                 "--data shapes takes no --root; its scenes are embedded")
     if args.like and args.weights != ["random"]:
         p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    for name in "iters batch_size micro_batch seeds workers seed save_every log_every save_images".split():
-        least = name not in ("workers", "seed", "save_images")
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
+    for name in "heads iters batch_size micro_batch seeds workers seed save_every log_every save_images".split():
+        least, value = name not in ("workers", "seed", "save_images"), getattr(args, name)
+        if value is not None and value < least:
+            p.error(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     try:
@@ -137,6 +141,34 @@ def read_picture(path):
         return vit.read_image(path)
     except Exception as error:                                      # Pillow's own messages mostly lack the name
         raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+def visible(names):
+    """Sorted, without what no user put there: .ipynb_checkpoints, ._0.jpg of macOS, __MACOSX of its archives."""
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
+class Pictures:
+    """(uint8 image (3, size, size), label) of the pictures below folder/<class>, at any depth."""
+
+    def __init__(self, folder, size):
+        self.transform, self.samples = vit.eval_transform(size), []
+        self.classes = visible(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        for label, name in enumerate(self.classes):
+            before = len(self.samples)
+            for below, folders, files in os.walk(folder / name, followlinks=True):
+                folders[:] = visible(folders)
+                self.samples += [(os.path.join(below, file), label) for file in visible(files)
+                                 if file.lower().endswith(SUFFIXES)]
+            if len(self.samples) == before:
+                raise ValueError(f"{folder / name}: holds no picture ({' '.join(SUFFIXES)}); add some, or remove it")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        return self.transform(read_picture(path)), label
 
 
 class Crops:
@@ -177,7 +209,7 @@ class Draws:
 
 
 def refuse_loops(images):
-    """ImageFolder follows links: a loop of them, or two to one folder, would count pictures twice or in two classes."""
+    """Links are followed: a loop of them, or two to one folder, would count pictures twice or in two classes."""
     real = {}
     for folder in sorted({os.path.dirname(path) for path, _ in images.samples}, key=lambda name: (len(name), name)):
         first = real.setdefault(os.path.realpath(folder), folder)
@@ -185,31 +217,45 @@ def refuse_loops(images):
             raise ValueError(f"{folder}: is {first} again, through a link; remove the link")
 
 
+def refuse_trained_on(root, val):
+    """Of up to 1,000 evenly spread val pictures a tenth may be the train picture of the same name, byte for byte: more
+    is no chance, val/ is a copy of train/ or a link to it."""
+    looked = [path for path, _ in val.samples[::math.ceil(len(val) / 1000)]]
+    same = [path for path in looked if (twin := root / "train" / Path(path).relative_to(root / "val")).is_file()
+            and filecmp.cmp(path, twin, shallow=False)]
+    if same:
+        found = f"{same[0]}: is in train/ too, as {len(same):,} of {len(looked):,} val pictures looked at are"
+        if 10 * len(same) > len(looked):
+            raise ValueError(f"{found}; give a val/ that is not trained on")
+        print(found)
+
+
 def open_data(args, size):
-    """(train, val) data sets of (uint8 (3, size, size), label), and the names of the classes."""
+    """(train, val) data sets of (uint8 (3, size, size), label), the names of the classes, the data's fingerprint."""
     if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size), CLASSES
-    splits = []
+        return Scenes("train", size), Scenes("val", size), CLASSES, FINGERPRINT
+    splits, root = [], Path(args.root)
     for split in ("train", "val"):
-        folder = Path(args.root, split)
-        try:
-            images = ImageFolder(folder, vit.eval_transform(size), loader=read_picture)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            found = sorted(os.listdir(args.root))[:8] if os.path.isdir(args.root) else "no such folder"
-            sys.exit(f"{folder}: {error}; {args.root} must hold {TREE}, and holds {found}")
+        images = Pictures(root / split, size)
+        if not images.classes:
+            found = visible(os.listdir(root))[:8] if root.is_dir() else "no such folder"
+            sys.exit(f"{root / split}: no class folders; {args.root} must hold {TREE}, and holds {found}")
         refuse_loops(images)
         expected = EXPECTED.get(args.data, {}).get(split, len(images))
-        print(f"{args.data} {split}: {len(images):,} images, {len(images.classes):,} classes")
+        print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
         if len(images) < expected and not args.allow_partial:
-            sys.exit(f"{folder}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
+            sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
         splits.append(images)
     train, val = splits
     if len(train.classes) == 1:
         sys.exit(f"{args.root}: one class, {train.classes[0]}; to tell classes apart takes two")
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes")
-    return train, val, train.classes
+    odd = sorted(set(val.classes) - set(train.classes) if args.allow_partial else set(train.classes) ^ set(val.classes))
+    if odd:
+        sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes"
+                 + "; --allow-partial lets val/ lack some" * (set(odd) <= set(train.classes)))
+    val.samples = [(path, train.classes.index(val.classes[label])) for path, label in val.samples]
+    refuse_trained_on(root, val)
+    return train, val, train.classes, checkpoint.fingerprint(root, [path for path, _ in train.samples + val.samples])
 
 
 # ------------------------------------------------------------------------------------------- frozen features
@@ -226,7 +272,10 @@ def extract(model, images, args, device):
     for x, y in DataLoader(images, args.micro_batch, num_workers=args.workers):
         features.append(frozen(model, x.to(device), args))
         labels.append(y.to(device))
-    return torch.cat(features), torch.cat(labels)
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise ValueError(f"its features are not finite; the weights are damaged, or --amp {args.amp} overflows")
+    return features, torch.cat(labels)
 
 
 def batches(model, train, args, device, start):
@@ -239,7 +288,7 @@ def batches(model, train, args, device, start):
         return
     crops = Crops(train, model.config.image_size, args.seed)
     for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
-                           pin_memory=device.type == "cuda"):
+                           pin_memory=device.type == "cuda", worker_init_fn=checkpoint.deaf_worker):
         yield frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
 
 
@@ -279,29 +328,37 @@ def train_heads(model, train, classes, args, device, file, stamp):
     start, _ = checkpoint.resume_heads(file, stamp, heads, optimizer)
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
-    stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
-    for t in range(start, args.iters):
-        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * t / args.iters))
-        for _ in range(math.ceil(args.batch_size / args.micro_batch)):
-            x, y = next(stream)
-            losses = heads.losses(x, y) * (len(y) / args.batch_size)
-            (losses * rates).sum().backward()
-            total = total + losses.detach().mean(0)        # (L,), over the iterations since the last line
-        optimizer.step(); optimizer.zero_grad()
+    done, total, clock = start, 0, time.perf_counter()
+    with checkpoint.noted_signals() as asked:
+        stream = batches(model, train, args, device, start)
+        for t in range(start, args.iters):
+            optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * t / args.iters))
+            for _ in range(math.ceil(args.batch_size / args.micro_batch)):
+                x, y = next(stream)
+                losses = heads.losses(x, y) * (len(y) / args.batch_size)
+                (losses * rates).sum().backward()
+                total = total + losses.detach().mean(0)    # (L,), over the iterations since the last line
+            optimizer.step(); optimizer.zero_grad()
 
-        done = t + 1
-        if done % args.log_every == 0 or done == args.iters:
-            loss = (total / (done - max(start, t // args.log_every * args.log_every))).nan_to_num(math.inf).min()
-            if loss.isinf():
-                raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the features of "
-                                 f"the weights overflow with --amp {args.amp}")
-            left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-            print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
-                  f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
-            total = 0
-        if done % args.save_every == 0 or done == args.iters:
-            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[], heads=heads.state_dict(),
-                                            optimizer=optimizer.state_dict()))
+            done, last = t + 1, asked or t + 1 == args.iters
+            if done % args.log_every == 0 or last:
+                loss = (total / (done - max(start, t // args.log_every * args.log_every))).nan_to_num(math.inf).min()
+                if loss.isinf():
+                    raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the "
+                                     f"features of the weights overflow with --amp {args.amp}")
+                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
+                print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
+                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+                total = 0
+            if done % args.save_every == 0 or last:
+                checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[],
+                                                       heads=heads.state_dict(), optimizer=optimizer.state_dict()))
+            if last:
+                break
+    if asked:
+        print(f"{file}: stopped by signal {asked[0]} after iteration {done:,}, saved; run the same command again to go "
+              "on", flush=True)
+        sys.exit(128 + asked[0])
     return heads
 
 
@@ -332,10 +389,14 @@ def show(values):
     return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") + " %"
 
 
-def write_result(out, result):
-    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
-    print(line, flush=True)
+def constant(labels):
+    """Percent right of always answering the class that is most frequent in the labels."""
+    return 100 * labels.bincount().max().item() / len(labels)
+
+
+def beside(metrics, names, start):
+    return (f"chance {100 / len(names):.1f} %, always the most frequent class {metrics['top1_constant']:.1f} %; "
+            f"{time.perf_counter() - start:.0f} s")
 
 
 def grid_metrics(heads, features, labels, args):
@@ -347,9 +408,14 @@ def grid_metrics(heads, features, labels, args):
     for rate, values in zip(RATES, top1, strict=True):
         grid.append(dict(lr=rate, effective=rate * args.batch_size / 256, top1=values))
         print(f"{rate:13.0e}  {grid[-1]['effective']:9.2e}  {show(values)}")
-    best = [max(values) for values in zip(*top1, strict=True)]      # per seed
+    seeds = list(zip(*top1, strict=True))                           # S lists of L
+    ends = sum(max(values) > max(values[1:-1]) for values in seeds)
+    if ends:
+        print(f"best rate at an end of the grid, for {ends} of {args.seeds} head seed{'s' * (args.seeds > 1)}: rates "
+              "beyond it may do better")
+    best = [max(values) for values in seeds]
     mean, sd = mean_sd(best)
-    return dict(top1=mean, top1_sd=sd, top1_seeds=best, grid=grid)
+    return dict(top1=mean, top1_sd=sd, top1_seeds=best, top1_constant=constant(labels), grid=grid)
 
 
 def draw_images(file, images, names, predicted):
@@ -366,60 +432,61 @@ def draw_images(file, images, names, predicted):
         if guess != label:
             pen.text((x + 4, y + tile + 12), f"not {checkpoint.printable(names[guess])[:18]}", "red")
     sheet.save(file)
-    print(f"{file}: {len(predicted)} val images with label and, where it is wrong, prediction")
+    print(f"{file}: {len(predicted):,} of {len(images):,} val images with label and, where it is wrong, prediction")
 
 
 def evaluate(path, args, device, opened):
     """Both probes of one file of weights: prints them and writes the results beside it. `opened`: data sets by size."""
-    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     size = model.config.image_size
     if size not in opened:                                          # listing ImageNet takes minutes: once
         opened[size] = open_data(args, size)
-    train, val, names = opened[size]
-    default = (f"runs/random/linear.{args.data}.s{args.seed}.json" if path == "random" else
-               f"{path.removesuffix('.pt')}.linear.{args.data}.json")
-    out = Path(args.out or default)
-    checkpoint.room_for(out)
-    knn_out = (out if args.knn else out.with_suffix(".knn.json")) if args.out else Path(
-        "knn".join(default.rsplit("linear", 1)))
-    shared = dict(data=args.data, train=len(train), val=len(val), classes=len(names), size=size,
-                  partial=args.allow_partial, feature="[CLS], last block, final norm", precision=args.amp)
-    start = time.perf_counter()
-    bank = extract(model, train, args, device) if args.knn or args.data == "shapes" else None
-    if not args.knn:
-        protocol = dict(
-            probe="linear", **shared, iters=args.iters, batch_size=args.batch_size, seeds=args.seeds, rates=RATES,
-            optimizer="SGD, momentum 0.9, cosine to 0, rates x batch / 256", reported="best rate, last iteration",
-            augmentation="none" if bank else "random-resized 0.08-1, flip 0.5",
-        )
-        stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
-                     config=dataclasses.asdict(model.config))
-        heads = train_heads(model, bank or train, len(names), args, device, out.with_suffix(".head.pt"), stamp)
-    bank = bank or extract(model, train, args, device)              # last: an interrupted training wants it not at all
-    queries = extract(model, val, args, device)
-    if not (bank[0].isfinite().all() and queries[0].isfinite().all()):
-        raise ValueError(f"{path}: its features are not finite; the weights are damaged, or --amp {args.amp} overflows")
+    train, val, names, fingerprint = opened[size]
+    shared = dict(data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=len(names),
+                  size=size, partial=args.allow_partial, feature="[CLS], last block, final norm", precision=args.amp)
+    facts = dict(data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed)
 
-    top1 = knn(F.normalize(bank[0]), bank[1], F.normalize(queries[0]), queries[1], len(names))
-    print(f"{path}: k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
-          + f"; chance {100 / len(names):.1f} %; {time.perf_counter() - start:.0f} s")
-    facts.update(config=dataclasses.asdict(model.config), seed=args.seed)
-    write_result(knn_out, dict(
-        probe="knn", data=args.data, **facts,
-        metrics=dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}),
-        protocol=dict(probe="knn", **shared, neighbours=NEIGHBOURS, temperature=TEMPERATURE),
-    ))
-    if args.knn:
-        return
-    metrics = grid_metrics(heads, *queries, args)
-    print(f"{path}: linear {show(metrics['top1_seeds'])}, best rate; chance {100 / len(names):.1f} %; "
-          + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
-          + f"{time.perf_counter() - start:.0f} s")
-    if args.save_images:
-        rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
-        guesses = heads.predict(queries[0][:args.save_images])[:, 0, rate].tolist()
-        draw_images(out.with_suffix(".png"), val, names, guesses)
-    write_result(out, dict(probe="linear", data=args.data, **facts, metrics=metrics, protocol=protocol))
+    def claim(probe, out, **protocol):
+        result = dict(probe=probe, **facts, metrics=None, protocol=dict(probe=probe, **shared, **protocol))
+        default = checkpoint.result_path(path, probe, args.data, model.config, args.seed)
+        return result, *checkpoint.claim(out, default, result)
+
+    out = args.out and Path(args.out)
+    nearest, knn_out, finished_knn = claim("knn", out if args.knn else out and out.with_suffix(".knn.json"),
+                                           neighbours=NEIGHBOURS, temperature=TEMPERATURE)
+    if not args.knn:
+        linear, out, finished = claim(
+            "linear", out, iters=args.iters, batch_size=args.batch_size, seeds=args.seeds, rates=RATES,
+            optimizer="SGD, momentum 0.9, cosine to 0, rates x batch / 256", reported="best rate, last iteration",
+            augmentation="none" if args.data == "shapes" else "random-resized 0.08-1, flip 0.5")
+    again = not args.knn and (not finished or args.save_images)     # pictures are drawn from the finished heads
+    features, start = functools.cache(lambda images: extract(model, images, args, device)), time.perf_counter()
+    if again:
+        stamp = {**linear["protocol"], **{key: facts[key] for key in ("seed", "which", "weights_sha256", "config")}}
+        heads = train_heads(model, features(train) if args.data == "shapes" else train, len(names), args, device,
+                            out.with_suffix(".head.pt"), stamp)
+
+    if finished_knn:
+        checkpoint.say_finished(knn_out, finished_knn)
+    else:                                                           # after a training, which may want to go on first
+        (bank, known), (queries, labels) = features(train), features(val)
+        top1 = knn(F.normalize(bank), known, F.normalize(queries), labels, len(names))
+        metrics = dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}, top1_constant=constant(labels))
+        print(f"{path}: k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
+              + f"; {beside(metrics, names, start)}")
+        checkpoint.write_result(knn_out, dict(nearest, metrics=metrics))
+    if again:
+        metrics = grid_metrics(heads, *features(val), args)
+        print(f"{path}: linear {show(metrics['top1_seeds'])}, best rate; "
+              + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
+              + beside(metrics, names, start))
+        if args.save_images:
+            rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
+            guesses = heads.predict(features(val)[0][:args.save_images])[:, 0, rate].tolist()
+            draw_images(out.with_suffix(".png"), val, names, guesses)
+        checkpoint.write_result(out, dict(linear, metrics=metrics))
+    elif not args.knn:
+        checkpoint.say_finished(out, finished)
 
 
 def main(argv=None):
@@ -431,8 +498,8 @@ def main(argv=None):
         try:
             evaluate(path, args, device, opened)
         except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            line = str(error).strip().splitlines()[-1]              # a loader process puts its traceback before it
-            sys.exit(line.removeprefix("ValueError: "))
+            line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")      # as a loader process writes it
+            sys.exit(line if ": " in line else f"{path}: {line}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pib import overlap, point_in_box, through_eval_transform
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,
                        specialize=True)
-KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics",
+        "protocol"}
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +191,12 @@ def test_the_first_of_equals_counts(some_boxes):
     assert torch.equal(point_in_box(torch.zeros(50, 8, 8), some_boxes), some_boxes[:, 0, 0])
 
 
+@pytest.mark.parametrize("side, central", [(5, [(2, 2)]), (4, [(1, 1), (1, 2), (2, 1), (2, 2)]), (1, [(0, 0)])])
+def test_centre_is_the_mean_of_the_central_patches(side, central):
+    inside = torch.rand(30, side, side, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert pib.centre(inside).tolist() == [sum(bool(one[at]) for at in central) / len(central) for one in inside]
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_every_sign_equals_plain_loops(checkpoint, folder, raw):
     """One image and block at a time, from the model's public features and attention."""
@@ -240,7 +247,7 @@ def test_high_norm_patches_are_counted_before_the_norm(raw):
 
 def test_folder_end_to_end(tmp_path, checkpoint, folder, capsys):
     r, lines = run(capsys, "--weights", checkpoint, *folder)
-    assert "6 pictures, 5 with boxes, kept 2; left out 2 with not exactly one object, 1 with a box of 25%" in lines[0]
+    assert "6 pictures, 5 with boxes, kept 2; left out 2 with not exactly one object, 1 with a box of 25 %" in lines[0]
     assert json.loads((tmp_path / "tiny.pib.folder.json").read_text()) == r
     assert set(r) == KEYS and r["probe"] == "pib" and r["epochs"] == 3
     assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
@@ -248,6 +255,9 @@ def test_folder_end_to_end(tmp_path, checkpoint, folder, capsys):
     assert m["n"] == 2 and m["missed"] == 1 and len(m["pib"]) == 3 and set(m["pib"]) <= {0.0, 50.0}
     covered = overlap_by_hand((20, 10, 35, 22), 60, 40, 32, 8).sum().item()
     assert m["chance"] == pytest.approx(100 * covered / 16 / 2)
+    hit = overlap_by_hand((20, 10, 35, 22), 60, 40, 32, 8)[1:3, 1:3].double().mean().item()
+    assert m["centre"] == pytest.approx(100 * hit / 2) and hit > 0            # the other box misses the crop
+    assert f"chance {m['chance']:.1f} %" in lines[1] and f"centre {m['centre']:.1f} %" in lines[1]
     assert r["protocol"]["max_area"] == 0.25 and r["protocol"]["all_objects"] is False
     assert json.loads(json.dumps(r), parse_constant=pytest.fail) == r       # no NaN
 
@@ -256,7 +266,80 @@ def test_all_objects_and_max_area(checkpoint, folder, capsys):
     r, lines = run(capsys, "--weights", checkpoint, *folder, "--all-objects")
     assert r["metrics"]["n"] == 3 and "left out 1 with no object" in lines[0]
     assert run(capsys, "--weights", checkpoint, *folder, "--max-area", "0.26")[0]["metrics"]["n"] == 3
-    assert run(capsys, "--weights", checkpoint, *folder, "--max-area", "0.07")[0]["metrics"]["n"] == 1
+    r, lines = run(capsys, "--weights", checkpoint, *folder, "--max-area", "0.065")
+    assert r["metrics"]["n"] == 1 and "2 with a box of 6.5 % or more" in lines[0]
+
+
+def test_parts_of_an_object_are_no_objects(tmp_path, checkpoint, folder, capsys):
+    """VOC's person layout: head and hands have boxes of their own inside the object."""
+    one = run(capsys, "--weights", checkpoint, *folder, "--all-objects")[0]["metrics"]
+    for name in "im0", "im2":
+        path = tmp_path / f"xml/{name}.xml"
+        part = "<part><bndbox><xmin>0</xmin><ymin>0</ymin><xmax>60</xmax><ymax>40</ymax></bndbox></part>"
+        path.write_text(path.read_text().replace("</object>", f"{part * 3}</object>"))
+    r, lines = run(capsys, "--weights", checkpoint, *folder)
+    assert r["metrics"]["n"] == 2 and "left out 2 with not exactly one object, 1 with a box" in lines[0]
+    assert run(capsys, "--weights", checkpoint, *folder, "--all-objects")[0]["metrics"] == one
+
+
+def test_names_and_suffixes_as_people_have_them(tmp_path, checkpoint, folder, capsys):
+    """.JPG and .XML count; what macOS and Jupyter leave does not, neither as a second file of the name."""
+    expected = run(capsys, "--weights", checkpoint, *folder, "--out", "a.json")[0]["metrics"]
+    (tmp_path / "val/n0/im0.png").rename(tmp_path / "val/n0/im0.PNG")
+    (tmp_path / "xml/im0.xml").rename(tmp_path / "xml/im0.XML")
+    for name in "val/n0/._im0.png", "xml/._im0.xml", "val/.hidden/im0.png", "xml/.ipynb_checkpoints/im0.xml":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no data")
+    r, lines = run(capsys, "--weights", checkpoint, *folder, "--out", "b.json")
+    assert r["metrics"] == expected and lines[0].startswith("folder: 6 pictures, 5 with boxes, kept 2")
+
+
+# ---- whose result it is ---------------------------------------------------------------------------------------------
+
+def test_a_finished_result_is_read_and_one_of_other_data_keeps_its_place(tmp_path, checkpoint, folder, capsys):
+    first, _ = run(capsys, "--weights", checkpoint, *folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pib, "measure", None)                         # whatever would measure, fails
+        again, lines = run(capsys, "--weights", checkpoint, *folder)
+        assert again == first and lines[-2] == "finished before: result read from tiny.pib.folder.json".replace(
+            "tiny", checkpoint.removesuffix(".pt"))
+        for name in "val", "xml":                                   # another place is no other data
+            (tmp_path / name).rename(tmp_path / f"moved_{name}")
+        moved = [word.replace(f"{tmp_path}/", f"{tmp_path}/moved_") for word in folder]
+        assert run(capsys, "--weights", checkpoint, *moved)[0] == first
+    voc(tmp_path / "moved_xml/im0.xml", (60, 40), (21, 11, 34, 21))     # as many bytes, boxes and pictures
+    other, lines = run(capsys, "--weights", checkpoint, *moved)
+    assert other["protocol"]["fingerprint"] != first["protocol"]["fingerprint"] and other["root"] == moved[3]
+    assert {**other["protocol"], "fingerprint": 0} == {**first["protocol"], "fingerprint": 0}
+    fresh = run(capsys, "--weights", checkpoint, *moved, "--out", "fresh.json")[0]
+    assert fresh["metrics"] == other["metrics"]
+    files = sorted(tmp_path.glob("tiny.pib.folder*.json"))
+    assert len(files) == 2 and [json.loads(file.read_text()) for file in files] in ([first, other], [other, first])
+    picture(tmp_path / "moved_val/n0/im0.png", (60, 40), "L")
+    assert run(capsys, "--weights", checkpoint, *moved)[0]["protocol"]["fingerprint"] not in (
+        first["protocol"]["fingerprint"], other["protocol"]["fingerprint"])
+
+
+def test_untrained_networks_of_two_methods_have_a_file_each(tmp_path, checkpoint, folder, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(dict(state, config=dict(state["config"], attn="softmax")), tmp_path / "soft.pt")
+    for like in checkpoint, tmp_path / "soft.pt":
+        run(capsys, "--weights", "random", "--like", like, *folder)
+    for name in "entmax15_r2_spec", "softmax_r2_spec":
+        result = json.loads((tmp_path / f"runs/random/pib.folder.{name}.s0.json").read_text())
+        assert result["config"]["attn"] == name.partition("_")[0]
+
+
+def test_heads_of_a_foreign_file(tmp_path, folder, capsys):
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(vit.ViTConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(dict(config=dataclasses.asdict(model.config), teacher=model.state_dict()), tmp_path / "ours.pt")
+    ours = run(capsys, "--weights", tmp_path / "ours.pt", *folder)[0]
+    bare = run(capsys, "--weights", tmp_path / "bare.pt", "--heads", 4, *folder)[0]
+    assert bare["config"] == ours["config"] and bare["metrics"] == ours["metrics"]
 
 
 def test_a_picture_of_another_size_than_its_xml_is_left_out(tmp_path, checkpoint, folder, capsys):
@@ -281,7 +364,8 @@ def test_shapes_run_folder_and_random(tmp_path, capsys, monkeypatch):
     chance = np.mean([overlap_by_inclusion(s["box"].tolist()) for s in kept])
     assert last["metrics"]["chance"] == pytest.approx(100 * chance / 16)
     r, _ = run(capsys, "--weights", "random", "--like", tmp_path / "run/checkpoint_0000.pt", "--seed", 3)
-    assert r["weights"] == "random" and r["seed"] == 3 and (tmp_path / "runs/random/pib.shapes.s3.json").exists()
+    assert r["weights"] == "random" and r["seed"] == 3
+    assert (tmp_path / "runs/random/pib.shapes.entmax15_r2_spec.s3.json").exists()
 
 
 def overlap_by_inclusion(box):
@@ -311,6 +395,7 @@ def test_workers_and_batches_change_nothing(checkpoint, folder, capsys):
     ("--weights a.pt b.pt --out c.json", "--out names one file"),
     ("--weights random --batch-size 0", "--batch-size 0"),
     ("--weights random --workers -1", "--workers -1"),
+    ("--weights random --heads 0", "--heads 0: must be at least 1"),
     ("", "required: --weights"),
 ])
 def test_usage_errors(capsys, flags, message):
@@ -326,6 +411,15 @@ def cut_short(tmp_path):
 @pytest.mark.parametrize("break_it, message", [
     (lambda t: (t / "xml/im0.xml").write_text("<annotation><size>"), "xml/im0.xml: no VOC-style boxes"),
     (lambda t: (t / "xml/im0.xml").write_text("<a><object/></a>"), "xml/im0.xml: no VOC-style boxes"),
+    *((lambda t, size=size, box=box: voc(t / "xml/im0.xml", size, box), f"xml/im0.xml: box {message}")
+      for size, box, message in [
+          ((0, 0), (20, 10, 35, 22), "20, 10, 35, 22 has no area in a picture of 0 x 0; mend"),
+          *(((60, 40), box, f"{', '.join(map(str, box))} has no area in a picture of 60 x 40") for box in [
+              (35, 22, 20, 10), (35, 10, 20, 22), (20, 22, 35, 10), (20, 10, 20, 22), (20, 10, 35, 10),
+              ("nan", 10, 35, 22), (20, 10, 35, "nan"), (-35, 10, -20, 22), (20, 40, 35, 52)])]),
+    (lambda t: voc(t / "xml/im3.xml", (0, 40)), "xml/im3.xml: box 0, 0, 0, 40 has no area in a picture of 0 x 40"),
+    (lambda t: (t / "xml/im0.xml").write_text("<annotation><size><width>60</width><height>40</height></size><object/>"
+                                              "</annotation>"), "xml/im0.xml: no VOC-style boxes"),
     (lambda t: (t / "xml").rename(t / "elsewhere"), "xml: no such folder"),
     (lambda t: (t / "val").rename(t / "elsewhere"), "val: no such folder"),
     (lambda t: picture(t / "val/n9/im0.png", (60, 40)), "two files of one name"),

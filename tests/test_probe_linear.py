@@ -1,9 +1,13 @@
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,8 @@ import vit
 from probe_linear import knn
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics",
+        "protocol"}
 
 
 @pytest.fixture(autouse=True)
@@ -186,12 +191,23 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
     expected = {k: knn_by_hand(*bank, *queries, 3, k) for k in (10, 20, 100, 200)}
     assert set(r) == KEYS
     assert r["metrics"] == pytest.approx(
-        {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}})
+        {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}, "top1_constant": 300 / 7})
     assert (r["probe"], r["data"], r["weights"], r["which"], r["epochs"]) == ("knn", "folder", checkpoint, which, 3)
     assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     assert r["config"] == dataclasses.asdict(CONFIG)
     assert (r["protocol"]["train"], r["protocol"]["val"], r["protocol"]["classes"]) == (12, 7, 3)
     assert r["protocol"]["temperature"] == 0.07 and r["protocol"]["size"] == 32
+
+
+def test_what_votes_has_unit_length(few_scenes, checkpoint, monkeypatch):
+    """exp(s / 0.07) is of a cosine: a query of another length changes no rank, but how much the nearest count."""
+    seen = []
+    monkeypatch.setattr(probe_linear, "knn", lambda bank, known, queries, *rest: (
+        seen.extend([bank, queries]), knn(bank, known, queries, *rest))[1])
+    probe_linear.main(["--knn", "--weights", checkpoint, "--workers", "0"])
+    assert [len(x) for x in seen] == [80, 40]
+    for x in seen:
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(len(x)))
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
@@ -206,7 +222,7 @@ def test_features_equal_the_extraction_by_hand(tmp_path, checkpoint):
     root = draw(tmp_path / "pictures")
     model = disk.load_backbone(checkpoint)
     args = options("--weights", checkpoint, "--data", "folder", "--root", root, "--workers", "1", "--batch-size", "5")
-    train, val, classes = probe_linear.open_data(args, 32)
+    train, val, *_ = probe_linear.open_data(args, 32)
     for images, split in ((train, "train"), (val, "val")):
         ours = probe_linear.extract(model, images, args, torch.device("cpu"))
         by_hand = features_by_hand(model, root, split)
@@ -228,8 +244,8 @@ def test_shapes_end_to_end(few_scenes, checkpoint, capsys, tmp_path):
 
 
 def test_shapes_default_to_two_thousand_and_one_thousand():
-    train, val, classes = probe_linear.open_data(options("--weights", "random"), 32)
-    assert (len(train), len(val), classes) == (2000, 1000, shapes.CLASSES)
+    train, val, *rest = probe_linear.open_data(options("--weights", "random"), 32)
+    assert (len(train), len(val), *rest) == (2000, 1000, shapes.CLASSES, shapes.FINGERPRINT)
 
 
 def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes, checkpoint, capsys, tmp_path):
@@ -244,7 +260,7 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
     assert not torch.equal(models["1"].pos_embed, disk.load_backbone(checkpoint).pos_embed)
 
     probe_linear.main(["--knn", "--weights", "random", "--like", checkpoint, "--seed", "4", "--workers", "0"])
-    r = result(capsys, tmp_path / "runs/random/knn.shapes.s4.json")
+    r = result(capsys, tmp_path / "runs/random/knn.shapes.entmax15_r2.s4.json")
     assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
 
 
@@ -379,6 +395,111 @@ def test_crops_are_random_resized_flipped_half_the_time_and_a_function_of_the_ke
     assert not torch.equal(crops[5, 0][0], probe_linear.Crops(images, 16, seed=1)[5, 0][0])
 
 
+class Killed(BaseException):
+    pass
+
+
+def killed_after(saves, monkeypatch):
+    """From now on the save after so many raises Killed, when it has written."""
+    write, left = disk.write_checkpoint, [saves]
+
+    def kill(path, content):
+        write(path, content)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    monkeypatch.setattr(disk, "write_checkpoint", kill)
+
+
+@pytest.mark.parametrize("data, iters, batch", [
+    ("imagenet", 12_500, 1024), ("folder", 12_500, 1024), ("shapes", 1000, 256)])
+def test_the_recipe_is_what_the_loop_does(tmp_path, data, iters, batch):
+    """Two iterations from the middle of the schedule against 13 classifiers by hand, with the numbers of DINOv2."""
+    args = options("--weights", "random", "--save-every", 2, "--data", data, *["--root", "x"] * (data != "shapes"))
+    (x, y), start = cloud(3000, 2, 2, 1.0), iters // 2
+    model, file = argparse.Namespace(config=argparse.Namespace(dim=2)), tmp_path / "x.head.pt"
+    heads = probe_linear.Heads(2, 2, [0])
+    sgd = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    sum(p.sum() for p in heads.parameters()).backward(); sgd.step()     # a momentum of 1 everywhere
+    disk.write_checkpoint(file, dict(iteration=start, stamp=dict(iters=iters), history=[], heads=heads.state_dict(),
+                                     optimizer=sgd.state_dict()))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        probe_linear.train_heads(model, (x, y), 2, args, torch.device("cpu"), file, dict(iters=iters))
+    saved = torch.load(file, weights_only=True)
+    assert saved["iteration"] == start + 2
+
+    drawn = list(itertools.islice(probe_linear.Draws(3000, args, start), 2 * batch // 256))
+    assert [len(keys) for keys in drawn] == [256] * (2 * batch // 256)
+    rates = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+    assert saved["heads"]["weight"].shape == (1, 13, 2, 2)
+    for r, rate in enumerate(rates):
+        w, b = heads.weight[0, r].detach().double(), heads.bias[0, r].detach().double()
+        vw, vb = torch.ones_like(w), torch.ones_like(b)
+        for t in range(2):
+            i = torch.tensor([i for keys in drawn[t * batch // 256:(t + 1) * batch // 256] for _, i in keys])
+            assert len(i) == batch
+            slope = (x[i].double() @ w.T + b).softmax(1) - torch.nn.functional.one_hot(y[i], 2)
+            effective = rate * batch / 256
+            vw, vb = 0.9 * vw + effective * slope.T @ x[i].double() / batch, 0.9 * vb + effective * slope.mean(0)
+            cosine = 0.5 * (1 + math.cos(math.pi * (start + t) / iters))
+            w, b = w - cosine * vw, b - cosine * vb
+        torch.testing.assert_close(saved["heads"]["weight"][0, r].double(), w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(saved["heads"]["bias"][0, r].double(), b, rtol=1e-5, atol=1e-6)
+
+
+def losses_seen(monkeypatch):
+    """[(S, L) losses of every micro-batch, images in it], from now on."""
+    seen, losses = [], probe_linear.Heads.losses
+
+    def listen(self, x, labels):
+        value = losses(self, x, labels)
+        seen.append((value.detach().double(), len(labels)))
+        return value
+
+    monkeypatch.setattr(probe_linear.Heads, "losses", listen)
+    return seen
+
+
+def test_logged_loss_is_the_mean_since_the_last_line_and_eta_what_is_left(tmp_path, monkeypatch, capsys):
+    """A run of 25 iterations, ten to a line, ended after the 14th; the clock shows ten seconds an iteration."""
+    seen = losses_seen(monkeypatch)
+    monkeypatch.setattr(probe_linear.time, "perf_counter", lambda: 10 * (len(seen) // 2) + 1000)
+    flags = "--iters", 25, "--log-every", 10, "--save-every", 14, "--micro-batch", 6, "--seeds", 2
+    images = cloud(40, 6, 5, 1.0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        train(images, tmp_path, *flags)
+    assert len(seen) == 28
+    train(images, tmp_path, *flags)
+    each = [sum(value * n / 8 for value, n in seen[2 * t:2 * t + 2]).mean(0) for t in range(25)]     # (L,)
+    expected = [(10, each[:10], 150), (20, each[14:20], 50), (25, each[20:], 0)]
+    lines = re.findall(r"iteration (\d+)/25  loss of the best rate ([\d.]+)  eta ([\d:]+)", capsys.readouterr().out)
+    assert len(lines) == 3
+    for (at, loss, eta), (iteration, losses, left) in zip(lines, expected, strict=True):
+        assert int(at) == iteration and eta == f"0:{left // 60:02}:{left % 60:02}"
+        assert float(loss) == pytest.approx(torch.stack(losses).mean(0).min().item(), abs=5.1e-5)
+    assert len({loss for _, loss, _ in lines}) == 3
+
+
+def test_every_head_seed_has_its_best_rate_and_the_ends_of_the_grid_are_named(capsys):
+    labels = torch.tensor([0, 0, 0, 1])
+    predicted = torch.full((4, 3, 13), -1)
+
+    def hits(seed, rate, n):
+        predicted[:n, seed, rate] = labels[:n]
+
+    hits(0, 3, 2), hits(1, 9, 3), hits(1, 12, 2), hits(2, 5, 1), hits(2, 0, 1)
+    heads, args = argparse.Namespace(predict=lambda features: predicted), options("--weights", "random", "--seeds", 3)
+    metrics = probe_linear.grid_metrics(heads, None, labels, args)
+    assert metrics["top1_seeds"] == [50, 75, 25] and metrics["top1"] == 50 and metrics["top1_constant"] == 75
+    assert "end of the grid" not in capsys.readouterr().out
+    hits(1, 12, 4), hits(2, 0, 2)
+    assert probe_linear.grid_metrics(heads, None, labels, args)["top1_seeds"] == [50, 100, 50]
+    assert "best rate at an end of the grid, for 2 of 3 head seeds" in capsys.readouterr().out
+
+
 LINEAR = "--iters 6 --batch-size 8 --micro-batch 3 --seeds 2 --save-every 2 --workers 0".split()
 
 
@@ -399,7 +520,7 @@ def test_linear_end_to_end(tmp_path, checkpoint, capsys):
     model = disk.load_backbone(checkpoint)                           # top-1 of the saved heads, one picture at a time
     heads = torch.load(tmp_path / "tiny.linear.folder.head.pt", weights_only=True)["heads"]
     right = torch.zeros(2, 13)
-    _, val, _ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
+    _, val, *_ = probe_linear.open_data(options("--weights", "random", "--data", "folder", "--root", root), 32)
     for image, label in val:
         cls = model(vit.normalize(image)[None])[0]
         for s in range(2):
@@ -412,31 +533,46 @@ def test_linear_end_to_end(tmp_path, checkpoint, capsys):
     assert linear["metrics"]["top1"] == pytest.approx(sum(best) / 2)
     assert linear["metrics"]["top1_sd"] == pytest.approx(abs(best[0] - best[1]) / math.sqrt(2))
     assert linear["protocol"]["iters"] == 6 and linear["protocol"]["batch_size"] == 8
-    assert Image.open(tmp_path / "tiny.linear.folder.png").size == (5 * 144, 178)
+    assert linear["metrics"]["top1_constant"] == nearest["metrics"]["top1_constant"] == pytest.approx(300 / 7)
+    assert sum("chance 33.3 %, always the most frequent class 42.9 %" in line for line in lines) == 2
+    assert_drawn(tmp_path, model, heads, val, grid)
     assert Path(checkpoint).read_bytes() == before
+
+
+def assert_drawn(tmp_path, model, heads, val, grid):
+    """The sheet shows the first five val pictures, and red text below those that the best rate of seed 0 gets wrong."""
+    sheet, wrong = Image.open(tmp_path / "tiny.linear.folder.png"), []
+    assert sheet.size == (5 * 144, 178)
+    rate = max(range(13), key=lambda r: grid[r]["top1"][0])
+    for i in range(5):
+        image, label = val[i]
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((140, 140), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(sheet.crop((144 * i + 2, 0, 144 * i + 142, 140))), np.asarray(tile))
+        cls = model(vit.normalize(image)[None])[0]
+        guess = (heads["weight"][0, rate] @ cls + heads["bias"][0, rate]).argmax().item()
+        text = np.asarray(sheet.crop((144 * i, 142, 144 * i + 144, 178))).astype(int)
+        wrong.append((guess != label, bool((text[..., 0] - text[..., 1] > 100).any())))
+    assert all(a == b for a, b in wrong)
+
+
+def test_pictures_of_a_finished_probe_are_drawn_from_its_heads(tmp_path, checkpoint, capsys):
+    root = draw(tmp_path / "pictures")
+    flags = ["--weights", checkpoint, "--data", "folder", "--root", str(root), *LINEAR]
+    probe_linear.main([*flags, "--save-images", "5", "--out", "whole.json"])
+    probe_linear.main([*flags, "--out", "parts.json"])
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_linear, "Draws", None)                  # whatever would train, fails
+        probe_linear.main([*flags, "--out", "parts.json", "--save-images", "5"])
+    assert "going on" not in capsys.readouterr().out
+    assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes()
+    assert Path("parts.json").read_bytes() == Path("whole.json").read_bytes()
 
 
 def test_out_names_the_linear_result_and_knn_lies_beside_it(few_scenes, checkpoint, capsys, tmp_path):
     probe_linear.main(["--weights", checkpoint, *LINEAR, "--out", "here/x.json"])
     assert result(capsys, tmp_path / "here/x.json")["probe"] == "linear"
     assert json.loads((tmp_path / "here/x.knn.json").read_text())["probe"] == "knn"
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_after(saves, monkeypatch):
-    """From now on the save after so many raises Killed, when it has written."""
-    write, left = disk.write_checkpoint, [saves]
-
-    def kill(path, content):
-        write(path, content)
-        left[0] -= 1
-        if not left[0]:
-            raise Killed
-
-    monkeypatch.setattr(disk, "write_checkpoint", kill)
 
 
 @pytest.mark.parametrize("data", ["shapes", "folder"])
@@ -458,7 +594,39 @@ def test_resumed_is_bit_equal_and_finished_is_not_trained_again(few_scenes, chec
         patch.setattr(probe_linear, "Draws", None)                  # whatever would train, fails
         Path("parts.json").unlink()
         probe_linear.main([*flags, "--out", "parts.json"])
+        assert "going on" not in capsys.readouterr().out
+        patch.setattr(probe_linear, "extract", None)                # and whatever would look at a picture
+        probe_linear.main([*flags, "--out", "parts.json"])
     assert Path("whole.json").read_text() == Path("parts.json").read_text()
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0] == "finished before: result read from parts.knn.json" and json.loads(lines[1])["probe"] == "knn"
+    assert lines[2] == "finished before: result read from parts.json" and json.loads(lines[3])["probe"] == "linear"
+
+
+@pytest.mark.parametrize("number, at, workers", [(signal.SIGTERM, 3, 0), (signal.SIGINT, 6, 0), (signal.SIGTERM, 5, 1)])
+def test_asked_to_end_it_saves_and_goes_on_to_the_same_bits(tmp_path, checkpoint, capsys, number, at, workers):
+    """In an iteration that ends with no save of its own, in the last one, and with a loader process."""
+    root = draw(tmp_path / "pictures")
+    flags = ["--weights", checkpoint, "--data", "folder", "--root", str(root), *LINEAR, "--save-every", "100"]
+    flags += ["--workers", str(workers)]
+    probe_linear.main([*flags, "--out", "whole.json"])
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        seen = losses_seen(patch)
+        step = torch.optim.SGD.step
+        patch.setattr(torch.optim.SGD, "step", lambda self: (
+            os.kill(os.getpid(), number) if len(seen) == 3 * at else None, step(self))[1])
+        probe_linear.main([*flags, "--out", "parts.json"])
+    assert stop.value.code == 128 + number and not Path("parts.json").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"stopped by signal {number:d} after iteration {at}, saved; run the same command again to go on" in line
+    assert torch.load("parts.head.pt", weights_only=True)["iteration"] == at
+    probe_linear.main([*flags, "--out", "parts.json"])
+    assert ("going on from iteration" in capsys.readouterr().out) == (at < 6)
+    whole, parts = (torch.load(name, weights_only=True)["heads"] for name in ("whole.head.pt", "parts.head.pt"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert Path("whole.json").read_bytes() == Path("parts.json").read_bytes()
 
 
 def test_unfinished_heads_of_other_settings_are_refused_and_finished_ones_replaced(few_scenes, checkpoint, capsys):
@@ -471,15 +639,179 @@ def test_unfinished_heads_of_other_settings_are_refused_and_finished_ones_replac
     assert status == 1 and "x.head.pt: holds unfinished heads with seeds 2, now 1" in line and "remove the file" in line
     status, line = exits(capsys, *flags, "--weights", save("other.pt", seed=9))
     assert status == 1 and "weights_sha256" in line
+    for flag, value, name in [("--which", "student", "which"), ("--seed", "1", "seed"), ("--iters", "7", "iters"),
+                              ("--batch-size", "9", "batch_size"), ("--amp", "bf16", "precision")]:
+        status, line = exits(capsys, *flags, flag, value)
+        assert status == 1 and f"x.head.pt: holds unfinished heads with {name} " in line
+    random = ["--weights", "random", "--out", "y.json", *LINEAR]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_after(1, patch)
+        probe_linear.main([*random, "--like", checkpoint])
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(dict(state, config=dict(state["config"], attn="softmax")), "soft.pt")
+    status, line = exits(capsys, *random, "--like", "soft.pt")
+    assert status == 1 and "y.head.pt: holds unfinished heads with config " in line
     assert Path("x.head.pt").read_bytes() == before
     probe_linear.main(flags)
+    Path("x.json").unlink()                                         # else its number would be overwritten: refused
     probe_linear.main([*flags, "--seeds", "1"])
     assert len(torch.load("x.head.pt", weights_only=True)["heads"]["weight"]) == 1
 
 
+# ---- whose result it is ---------------------------------------------------------------------------------------------
+
+def test_pictures_of_another_root_have_their_own_number(tmp_path, checkpoint, capsys):
+    """Equal counts, other classes; whichever is first, both results survive, and B's is what B alone gives."""
+    a = draw(tmp_path / "a")
+    b = draw(tmp_path / "b", (("gold", 4, 2), ("jade", 4, 3), ("rust", 4, 2)), noise=250)
+    flags = ["--weights", checkpoint, "--data", "folder", *LINEAR]
+    probe_linear.main([*flags, "--root", str(a)])
+    first = [json.loads(Path(f"tiny.{probe}.folder.json").read_text()) for probe in ("knn", "linear")]
+    probe_linear.main([*flags, "--root", str(b)])
+    second = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")][2:]
+    probe_linear.main([*flags, "--root", str(b), "--out", "alone.json"])
+    alone = [json.loads(Path(name).read_text()) for name in ("alone.knn.json", "alone.json")]
+    assert second == alone and second[1]["root"] == str(b)
+    for mine, other in zip(first, second, strict=True):
+        assert mine["protocol"]["fingerprint"] != other["protocol"]["fingerprint"]
+        assert {**mine["protocol"], "fingerprint": 0} == {**other["protocol"], "fingerprint": 0}
+    for probe, mine, other in zip(("knn", "linear"), first, second, strict=True):
+        kept = [json.loads(path.read_text()) for path in tmp_path.glob(f"tiny.{probe}.folder*.json")]
+        assert len(kept) == 2 and mine in kept and other in kept
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_linear, "extract", None)                # whatever would look at a picture, fails
+        a.rename(tmp_path / "c")                                    # another place is no other data
+        probe_linear.main([*flags, "--root", str(tmp_path / "c")])
+        probe_linear.main([*flags, "--root", "./c/"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert lines == first * 2
+    status, line = exits(capsys, *flags, "--root", b, "--out", tmp_path / "tiny.linear.folder.json")
+    assert status == 1 and "holds a result that is not to be overwritten (fingerprint" in line
+
+
+def test_other_class_folders_of_the_same_pictures_are_other_data(tmp_path, checkpoint, capsys):
+    root = draw(tmp_path / "pictures")
+    flags = ["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(root), "--workers", "0"]
+    probe_linear.main(flags)
+    for split in "train", "val":
+        (root / split / "red").rename(root / split / "x")
+        (root / split / "blue").rename(root / split / "red")
+        (root / split / "x").rename(root / split / "blue")
+    probe_linear.main(flags)
+    assert len(list(tmp_path.glob("tiny.knn.folder*.json"))) == 2
+    Image.new("RGB", (50, 40)).save(root / "val/red/0.png")         # a val picture counts as much
+    probe_linear.main(flags)
+    assert len(list(tmp_path.glob("tiny.knn.folder*.json"))) == 3
+
+
+def test_untrained_networks_of_two_methods_have_a_file_each(few_scenes, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(dict(state, config=dict(state["config"], attn="softmax")), "soft.pt")
+    for like in checkpoint, "soft.pt":
+        probe_linear.main(["--weights", "random", "--like", like, *LINEAR])
+    for probe, name in itertools.product(("knn", "linear"), ("entmax15_r2", "softmax_r2")):
+        result = json.loads(Path(f"runs/random/{probe}.shapes.{name}.s0.json").read_text())
+        assert result["config"]["attn"] == name.partition("_")[0]
+
+
+def test_heads_of_a_foreign_file(few_scenes, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(vit.ViTConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4))
+    torch.save(model.state_dict(), "bare.pt")
+    probe_linear.main(["--knn", "--weights", "bare.pt", "--heads", "4", "--workers", "0"])
+    assert result(capsys, "bare.knn.shapes.json")["config"] == dataclasses.asdict(model.config)
+
+
+# ---- val/ ----------------------------------------------------------------------------------------------------------
+
+def copied(root):
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train", root / "val")
+
+
+def linked(root):
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "train")
+
+
+def links_of_pictures(root):
+    copied(root)
+    for path in (root / "val").rglob("*.png"):
+        path.unlink()
+        path.symlink_to(root / "train" / path.relative_to(root / "val"))
+
+
+def one_in_three(root):
+    for name in ("blue", "green", "red"):
+        shutil.copy(root / f"train/{name}/0.png", root / f"val/{name}/0.png")
+
+
+@pytest.mark.parametrize("make, count", [(copied, "12 of 12"), (linked, "12 of 12"), (links_of_pictures, "12 of 12"),
+                                         (one_in_three, "3 of 7")])
+def test_a_val_that_is_trained_on_is_refused(tmp_path, checkpoint, capsys, make, count):
+    root = draw(tmp_path / "pictures")
+    make(root)
+    status, line = exits(capsys, "--weights", checkpoint, "--data", "folder", "--root", root, *LINEAR)
+    assert status == 1 and line.endswith(f"val/blue/0.png: is in train/ too, as {count} val pictures looked at are; "
+                                         "give a val/ that is not trained on")
+    assert not list(tmp_path.glob("tiny.*.*"))
+
+
+def test_names_and_sizes_that_train_has_too_are_no_copies(tmp_path, checkpoint, capsys):
+    """All names, sizes and times equal, one picture of eleven in both splits: measured, and said."""
+    for split, n in (("train", 11), ("val", 11)):
+        for name in "ab":
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+        for i in range(n):
+            Image.effect_noise((9, 9), 80).save(tmp_path / f"d/{split}/{'ab'[i % 2]}/{i}.bmp")
+    shutil.copy(tmp_path / "d/train/b/5.bmp", tmp_path / "d/val/b/5.bmp")
+    for path in (tmp_path / "d").rglob("*.bmp"):
+        os.utime(path, (0, 0))
+    probe_linear.main(["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(tmp_path / "d"),
+                       "--workers", "0"])
+    assert "val/b/5.bmp: is in train/ too, as 1 of 11 val pictures" in capsys.readouterr().out
+
+
+def test_hidden_files_and_other_suffixes(tmp_path, checkpoint, capsys):
+    root = draw(tmp_path / "pictures")
+    flags = ["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(root), "--workers", "0"]
+    probe_linear.main([*flags, "--out", "a.json"])
+    for split in "train", "val":
+        for folder in ".ipynb_checkpoints", "green/.ipynb_checkpoints", "__MACOSX":
+            (root / split / folder).mkdir()
+            Image.new("RGB", (9, 9)).save(root / split / folder / "0-checkpoint.png")
+        (root / split / "green/._0.png").write_bytes(b"no picture")
+        (root / split / ".DS_Store").write_bytes(b"no folder")
+        (root / split / "red/0.png").rename(root / split / "red/0.PNG")
+        image = Image.open(root / split / "red/1.png")
+        image.save(root / split / "red/1.jpg", quality=100)
+        (root / split / "red/1.png").unlink(), (root / split / "red/1.jpg").rename(root / split / "red/1.jfif")
+    probe_linear.main([*flags, "--out", "b.json"])
+    a, b = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert {**a["protocol"], "fingerprint": 0} == {**b["protocol"], "fingerprint": 0}
+    assert [path.removeprefix(f"{root}/val/") for path, _ in probe_linear.Pictures(root / "val", 32).samples] == [
+        "blue/0.png", "blue/1.png", "green/0.png", "green/1.png", "green/2.png", "red/0.PNG", "red/1.jfif"]
+
+
+def test_a_part_of_val_counts_in_the_classes_of_train(tmp_path, checkpoint, capsys):
+    root = draw(tmp_path / "pictures")
+    shutil.rmtree(root / "val/blue")
+    flags = ["--weights", checkpoint, "--data", "imagenet", "--root", str(root), *LINEAR]
+    status, line = exits(capsys, *flags[:2], "--data", "folder", *flags[4:])
+    assert status == 1 and line.endswith("blue not in both train/ and val/, which must hold the same classes; "
+                                         "--allow-partial lets val/ lack some")
+    _, val, names, _ = probe_linear.open_data(options(*flags, "--allow-partial"), 32)
+    assert names == ["blue", "green", "red"]
+    assert [(Path(path).parent.name, label) for path, label in val.samples] == [("green", 1)] * 3 + [("red", 2)] * 2
+    shutil.rmtree(root / "train/red")
+    status, line = exits(capsys, *flags, "--allow-partial")
+    assert status == 1 and line.endswith("red not in both train/ and val/, which must hold the same classes")
+
+
 def test_features_that_are_not_finite_are_refused(few_scenes, checkpoint, capsys):
     state = torch.load(checkpoint, weights_only=True)
-    state["teacher"]["norm.weight"][0] = 3e38                         # finite, and the features overflow
+    state["teacher"]["norm.weight"][:] = 3.4e38     # finite; of a normed vector one value is above 1, and overflows
     torch.save(state, checkpoint)
     status, line = exits(capsys, "--weights", checkpoint, "--knn")
     assert status == 1 and f"{checkpoint}: its features are not finite" in line
@@ -500,6 +832,7 @@ def test_features_that_are_not_finite_are_refused(few_scenes, checkpoint, capsys
     ("--weights random --micro-batch 0", "--micro-batch 0: must be at least 1"),
     ("--weights random --save-images -1", "--save-images -1: must be at least 0"),
     ("--weights random --seed -1", "--seed -1"),
+    ("--weights random --heads 0", "--heads 0: must be at least 1"),
     ("", "required: --weights"),
 ])
 def test_usage_errors(capsys, flags, message):
@@ -529,7 +862,7 @@ def cut_short(root):
     *((*case, 0, knn) for knn in (True, False) for case in (
         (remove_val, "folder", "val: .*must hold train/<class>.*holds .'test', 'train'."),
         (add_class, "folder", "pictures: violet not in both train/ and val/"),
-        (empty_class, "folder", "train: .*void"),
+        (empty_class, "folder", "train/void: holds no picture"),
         (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable"),
         (lambda root: None, "imagenet", "train: 12 images of 1,281,167; .*--allow-partial"))),
     (cut_short, "folder", "^[^ ]*val/green/1.png: unreadable", 1, True),
