@@ -234,8 +234,10 @@ def result_path(weights, probe, data, config, seed):
 def identity(result):
     """What decides a number, apart from the training of the weights: {name: value} of all that two results share if
     the later one may replace the earlier one."""
-    who = {"config": result["config"]} if result["weights"] == "random" else {"which": result["which"]}
-    return dict(result["protocol"], seed=result["seed"], **who, random=result["weights"] == "random")
+    random, config = result["weights"] == "random", result["config"]
+    # The architecture belongs to the weights; but a foreign file does not say its heads, which may be given.
+    who = {"config": config} if random else {"which": result["which"], "heads": config["heads"]}
+    return dict(result["protocol"], seed=result["seed"], random=random, **who)
 
 
 def claim(out, default, result):
