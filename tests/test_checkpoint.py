@@ -1,21 +1,26 @@
 import argparse
 import dataclasses
+import json
 import os
 import re
+import struct
+import sys
+import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 from test_vit import METHODS, images, official_shapes, tiny
+from torch import nn
 
 import checkpoint as disk
 from checkpoint import load_backbone
-from vit import ViTConfig
+from vit import VisionTransformer, ViTConfig
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
-FOREIGN = dict(image_size=32, patch_size=8, dim=128, depth=2, heads=2)              # heads = dim / 64
+FOREIGN = dict(image_size=32, patch_size=8, dim=192, depth=2, heads=3)              # DINO's tiny: dim / 64
 
 
 def ours(**overrides):
@@ -53,7 +58,7 @@ def test_load_our_checkpoint(tmp_path, method):
     check_frozen(load_backbone(str(tmp_path / "checkpoint.pt"), "student"), student.state_dict(), student.config)
     assert torch.equal(torch.get_rng_state(), state)                # loading draws nothing
     x = images(2, 3, 16, 16)
-    assert torch.equal(load_backbone(tmp_path / "checkpoint.pt")(x), teacher(x))
+    assert torch.equal(load_backbone(tmp_path / "checkpoint.pt")(x), teacher.requires_grad_(False)(x))
 
 
 @pytest.mark.parametrize("extra", [{}, dict(registers=3), dict(specialize=True), dict(mlp_ratio=2, image_size=48)])
@@ -104,15 +109,15 @@ def test_mismatches_are_named(tmp_path):
     weights = tiny(**FOREIGN).state_dict()
     assert "1 key (blocks.1.attn.qkv.bias) missing" in rejected(tmp_path, without(weights, "blocks.1.attn.qkv.bias"))
     assert "2 keys (head.weight, head.bias) unexpected" in rejected(
-        tmp_path, weights | {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)})        # a classifier
-    assert "1 key (norm.bias (127,) for (128,)) of another shape" in rejected(
+        tmp_path, weights | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)})        # a classifier
+    assert "1 key (norm.bias (127,) for (192,)) of another shape" in rejected(
         tmp_path, weights | {"norm.bias": torch.zeros(127)})
     assert "2 keys (norm.weight, norm.bias) missing; 1 key (foo) unexpected" in rejected(
         tmp_path, without(weights, "norm.weight", "norm.bias") | {"foo": 1})
 
     full = official_full(tiny(**FOREIGN))
     full["teacher"]["neck.weight"] = torch.zeros(1)
-    assert "1 key (neck.weight) unexpected" in rejected(tmp_path, full)             # only the head is dropped
+    assert "save what is below backbone. alone" in rejected(tmp_path, full)         # only the head is dropped
 
     checkpoint, *_ = ours()
     checkpoint["config"]["registers"] = 4
@@ -131,14 +136,182 @@ def test_foreign_architectures_are_refused(tmp_path):
     message = rejected(tmp_path, {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
     assert "5 keys (cls_token, pos_embed, patch_embed.proj.weight, ...) of a DINO ViT missing" in message
     assert "the file holds 2 keys (conv1.weight, fc.weight)" in message
-    assert "of a DINO ViT missing; the file holds 2 keys (state_dict, epoch)" in rejected(
-        tmp_path, {"state_dict": tiny().state_dict(), "epoch": 3})
     assert "are a Tensor, not a dict of tensors" in rejected(tmp_path, {"teacher": torch.zeros(3)})
-    assert "1 key (norm.weight) no tensor" in rejected(tmp_path, tiny(**FOREIGN).state_dict() | {"norm.weight": 3})
+    assert "weights are dense arrays of floats, not 1 key (norm.weight int)" in rejected(
+        tmp_path, tiny(**FOREIGN).state_dict() | {"norm.weight": 3})
     weights = tiny(**FOREIGN).state_dict()
     assert "17 position embeddings of patches must form a square" in rejected(
-        tmp_path, weights | {"pos_embed": torch.zeros(1, 18, 128)})
-    assert "width 24 must be a multiple of 64" in rejected(tmp_path, tiny().state_dict())
+        tmp_path, weights | {"pos_embed": torch.zeros(1, 18, 192)})
+    for shape in ((), (1, 1, 0)):
+        assert "cannot tell the architecture" in rejected(tmp_path, weights | {"cls_token": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("dim, heads", [(192, 3), (384, 6), (768, 12), (1024, 16)])
+def test_heads_of_dinos_widths_are_assumed_and_named(tmp_path, capsys, dim, heads):
+    with torch.device("meta"):
+        model = VisionTransformer(ViTConfig(image_size=16, dim=dim, heads=heads, depth=1))
+    torch.save(model.to_empty(device="cpu").apply(zeros).state_dict(), tmp_path / "x.pth")
+    assert load_backbone(tmp_path / "x.pth").config == model.config
+    assert capsys.readouterr().out == (f"{tmp_path / 'x.pth'}: softmax attention and {heads} heads assumed "
+                                       "(width / 64, as in DINO); --heads N if it has others\n")
+    assert disk.open_weights(tmp_path / "x.pth", heads=2)[0].config == dataclasses.replace(model.config, heads=2)
+    assert capsys.readouterr().out == f"{tmp_path / 'x.pth'}: softmax attention assumed\n"
+
+
+def zeros(module):
+    for p in module.parameters(recurse=False):
+        nn.init.zeros_(p)
+
+
+def test_heads_of_other_widths_must_be_given(tmp_path):
+    """timm's huge is 1,280 wide with 16 heads: 20 gave other features, 9.4 % off, without a word."""
+    path, model, x = tmp_path / "x.pt", tiny(dim=128, heads=4), images(2, 3, 16, 16)
+    assert re.search("width 128 is none of DINO's .* give it: --heads N, in Python heads=N", rejected(
+        tmp_path, model.state_dict()))
+    assert torch.equal(load_backbone(path, heads=4)(x), model.requires_grad_(False)(x))
+    assert not torch.allclose(load_backbone(path, heads=2)(x), model(x), rtol=1e-3)
+    for heads, cause in ((5, "dim=128 is not divisible by heads=5"), (0, "heads=0 must be at least 1")):
+        with pytest.raises(ValueError, match=f"x.pt: cannot tell the architecture: {cause}"):
+            load_backbone(path, heads=heads)
+    control, facts = disk.open_weights("random", like=path, heads=4)
+    assert control.config == model.config and facts["weights"] == "random"
+    assert disk.open_weights("random", heads=12)[0].config == ViTConfig(heads=12)
+
+
+def test_our_own_file_knows_its_heads(tmp_path, capsys):
+    path, (checkpoint, _, teacher) = tmp_path / "x.pt", ours()
+    torch.save(checkpoint, path)
+    assert load_backbone(path).config == load_backbone(path, heads=3).config == teacher.config
+    assert capsys.readouterr().out == ""
+    for name, like in (path, None), ("random", path):
+        with pytest.raises(ValueError, match="heads=6 is given, and the file says 3; leave out --heads"):
+            disk.open_weights(name, like=like, heads=6)
+
+
+@pytest.mark.parametrize("prefixes", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone.",
+                                      "module.backbone.", "encoder.", "model.", "module.model.backbone."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
+def test_wrappers_are_taken_off(tmp_path, prefixes, key):
+    model = tiny(**FOREIGN)
+    weights = {prefixes + name: value for name, value in model.state_dict().items()}
+    training = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "loss": {"center": torch.ones(2)}}
+    for content in ({key: weights} | training if key else weights, {"teacher": {key: weights} if key else weights}):
+        torch.save(content, tmp_path / "x.pth")
+        check_frozen(load_backbone(tmp_path / "x.pth"), model.state_dict(), model.config)
+
+
+def test_what_wraps_several_networks_is_refused(tmp_path):
+    weights = tiny(**FOREIGN).state_dict()
+    assert "several networks, 2 keys (model, model_ema); save the one to be measured alone" in rejected(
+        tmp_path, {"model": weights, "model_ema": weights, "epoch": 1})
+    below = {f"{prefix}.{key}": value for prefix in ("teacher.backbone", "student.backbone")
+             for key, value in weights.items()}
+    assert "save what is below teacher.backbone. or student.backbone. alone, without that prefix" in rejected(
+        tmp_path, below)
+    assert "one bare state dict, to be loaded as which='teacher'" in rejected(tmp_path, {"model": weights}, "student")
+
+
+@pytest.mark.parametrize("more, what", [
+    ({"decoder_blocks.0.norm1.weight": (128,), "mask_token": (1, 1, 128)}, "MAE with its decoder: save its encoder "),
+    ({"masked_embed": (1, 192)}, "iBOT's student: save its encoder alone, under DINO's names"),
+    ({"blocks.0.ls1.gamma": (192,), "mask_token": (1, 192)}, "DINOv2's or another ViT with LayerScale: another net"),
+    ({"mask_token": (1, 192)}, "a masked-image model: save its encoder alone"),
+    ({"head.weight": (10, 192)}, "a classifier, trained with labels: give self-supervised weights, or save its"),
+    ({"reg_token": (1, 4, 192)}, "timm's ViT with registers: another network, which cannot be loaded here"),
+    ({"blocks.0.attn.relative_position_bias_table": (9, 3)}, "BEiT or Swin: another network"),
+])
+def test_vits_of_other_families_are_named(tmp_path, more, what):
+    """Also below the wrappers that they come in."""
+    weights = tiny(**FOREIGN).state_dict() | {key: torch.zeros(shape) for key, shape in more.items()}
+    for content in (weights, {"model": weights}, {f"module.{key}": value for key, value in weights.items()}):
+        assert f"it looks like {what}" in rejected(tmp_path, content)
+
+
+@pytest.mark.parametrize("key, what", [
+    ("module.base_encoder.cls_token", "below module.base_encoder. alone, without that prefix"),        # MoCo v3
+    ("storage_tokens", "DINOv3's ViT"), ("visual.class_embedding", "CLIP: another network"),
+    ("vision_model.embeddings.class_embedding", "CLIP or SigLIP"),
+    ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"), ("layer1.0.conv1.weight", "a ResNet"),
+    ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"), ("module.encoder_q.layer1.0.bn1.bias", "a R"),
+])
+def test_networks_of_other_families_are_named(tmp_path, key, what):
+    message = rejected(tmp_path, {key: torch.zeros(2), "other": torch.zeros(2)})
+    assert "of a DINO ViT missing; the file holds 2 keys" in message and what in message
+
+
+@pytest.mark.filterwarnings("ignore")                               # what torch thinks of quantized and nested tensors
+@pytest.mark.parametrize("kind, change", [
+    ("int8", lambda x: x.to(torch.int8)), ("int64", lambda x: x.long()), ("bool", lambda x: x > 0),
+    ("complex64", lambda x: x.to(torch.complex64)), ("float8_e4m3fn", lambda x: x.to(torch.float8_e4m3fn)),
+    ("sparse_coo", lambda x: x.to_sparse()), ("meta", lambda x: x.to("meta")),
+    ("qint8", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+    ("nested", lambda x: torch.nested.nested_tensor([x, x])),
+])
+def test_arrays_that_are_no_weights_are_named(tmp_path, kind, change):
+    """int8 loaded, with other features; the others ended in tracebacks."""
+    weights = tiny(**FOREIGN).state_dict()
+    for key in ("cls_token", "norm.bias"):
+        assert f"weights are dense arrays of floats, not 1 key ({key} {kind})" in rejected(
+            tmp_path, weights | {key: change(weights[key])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_float32(tmp_path, dtype):
+    weights = {key: value.to(dtype) for key, value in tiny(**FOREIGN).state_dict().items()}
+    torch.save(weights, tmp_path / "x.pth")
+    torch.set_default_dtype(torch.bfloat16)                         # has no say in it
+    try:
+        model = load_backbone(tmp_path / "x.pth")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check_frozen(model, {key: value.float() for key, value in weights.items()}, ViTConfig(**FOREIGN))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    if dtype == torch.float64:
+        weights["norm.bias"][0] = 1e300
+        assert "not finite: 1 key (norm.bias)" in rejected(tmp_path, weights)
+
+
+def save_safetensors(tensors, path):
+    """The format, written by hand: the header's length, the header, the bytes."""
+    header, data = {}, b""
+    for key, value in tensors.items():
+        raw = value.contiguous().numpy().tobytes()
+        header[key] = dict(dtype="F32", shape=list(value.shape), data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    header = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def load_safetensors(path):
+    """What safetensors.torch.load_file does: a stand-in for the package, which the tests do not need."""
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, data = json.loads(whole[8:8 + length]), bytearray(whole[8 + length:])
+    return {key: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=torch.float32).reshape(entry["shape"])
+            for key, entry in header.items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_safetensors_are_read_or_called_by_their_name(tmp_path, monkeypatch, name):
+    model = tiny(**FOREIGN)
+    save_safetensors(model.state_dict(), tmp_path / name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)           # as if it were not installed
+    with pytest.raises(ValueError, match=f"{name}: not a checkpoint: a safetensors file; pip install safetensors, or "):
+        load_backbone(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", types.SimpleNamespace(load_file=load_safetensors))
+    check_frozen(load_backbone(tmp_path / name), model.state_dict(), model.config)
+    assert disk.open_weights(tmp_path / name)[1]["epochs"] is None
+
+
+@pytest.mark.parametrize("epochs", [(0, 5000, 9999, 10000, 15000, 20000), (10000, 100000)])
+def test_run_folder_beyond_9999_epochs(tmp_path, epochs):
+    for n in epochs:
+        (tmp_path / f"checkpoint_{n:04d}.pt").touch()
+    for other in ("checkpoint.pt", "checkpoint_0000.seg.shapes.json", "checkpoint_12.pt", "checkpoint_old1.pt"):
+        (tmp_path / other).touch()
+    assert disk.list_checkpoints([tmp_path, "random"]) == [str(tmp_path / f"checkpoint_{n:04d}.pt") for n in epochs] + [
+        "random"]
 
 
 def test_missing_which(tmp_path):
@@ -166,6 +339,25 @@ def test_code_in_a_file_does_not_run(tmp_path):
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert marker.exists()                                          # the trap was real
     assert "pathlib" in rejected(tmp_path, checkpoint | {"args": tmp_path})         # no type but those listed
+
+
+@pytest.mark.parametrize("content, what", [
+    (b"<!DOCTYPE html><html>404", "a web page; download the file again"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 86\n", "a pointer of git-lfs; git lfs pull"),
+])
+def test_what_is_no_weights_at_all_is_named(tmp_path, content, what):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.pt: not a checkpoint: {what}"):
+        load_backbone(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")                               # torch gives up TorchScript
+def test_whole_models_are_refused_with_the_way_out(tmp_path):
+    assert "it holds vit.VisionTransformer, and unpickling that could run code; save its state_dict()" in rejected(
+        tmp_path, tiny())
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="clip.pt: not a checkpoint: a TorchScript archive, as CLIP's; save its "):
+        load_backbone(tmp_path / "clip.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"I am no checkpoint", b"PK\x03\x04" + bytes(100), bytes(range(256)) * 8])
