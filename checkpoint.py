@@ -99,23 +99,24 @@ def check_archive(path):
             raise Refused("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
-# Where the keys do not fit: a part of one, whose they are, and what can be done.
+# Of a state dict that does not fit: a pattern in its keys, whose it is, and what can be done.
 ALONE, ELSE = "save its encoder alone, under DINO's names", "another network, which cannot be loaded here"
-FOREIGN = [(".decoder_blocks.", "MAE with its decoder", ALONE), (".masked_embed", "iBOT's student", ALONE),
-           (".ls1.", "DINOv2's or another ViT with LayerScale", ELSE), (".storage_tokens", "DINOv3's ViT", ELSE),
-           (".relative_position_bias_table", "BEiT or Swin", ELSE), (".visual.", "CLIP", ELSE),
-           (".vision_model.", "CLIP or SigLIP", ELSE), (".query.", "Hugging Face's ViT, under names of its own", ELSE),
-           (".encoder_layer_0.", "torchvision's ViT", ELSE), (".layer1.0.", "a ResNet", ELSE),
-           (".reg_token", "timm's ViT with registers", ELSE), (".mask_token", "a masked-image model", ALONE),
-           (".head.", "a classifier, trained with labels", f"give self-supervised weights, or {ALONE}")]
+FOREIGN = [(r"decoder_blocks", "MAE with its decoder", ALONE), (r"masked_embed", "iBOT's student", ALONE),
+           (r"base_encoder", "MoCo v3 with two encoders", f"{ALONE}; its ViT-S has 12 heads"),
+           (r"\.ls1\.", "DINOv2's or another ViT with LayerScale", ELSE), (r"storage_tokens", "DINOv3's ViT", ELSE),
+           (r"relative_position_bias_table", "BEiT or Swin", ELSE), (r"\bvisual\.", "CLIP", ELSE),
+           (r"vision_model", "CLIP or SigLIP", ELSE), (r"\.query\.", "Hugging Face's ViT, with names of its own", ELSE),
+           (r"encoder_layer_0", "torchvision's ViT", ELSE), (r"\blayer1\.0\.", "a ResNet", ELSE),
+           (r"reg_token", "timm's ViT with registers", ELSE), (r"mask_token", "a masked-image model", ALONE),
+           (r"^head\.", "a classifier, trained with labels", f"give self-supervised weights, or {ALONE}")]
 
 
-def advice(state):
-    """What a state dict that does not fit may be, and the way out; '' if it is not known."""
-    for part, what, way_out in FOREIGN:
-        if any(part in f".{key}" for key in state):
+def advice(keys):
+    """'; ...': what keys that do not fit may belong to, and the way out; '' if it is not known."""
+    for pattern, what, way_out in FOREIGN:
+        if any(re.search(pattern, key) for key in keys):
             return f"; it looks like {what}: {way_out}"
-    prefixes = [key.removesuffix("cls_token") for key in state if key.endswith(".cls_token")]
+    prefixes = [key.removesuffix("cls_token") for key in keys if key.endswith(".cls_token")]
     return f"; save what is below {' or '.join(prefixes)} alone, without that prefix" if prefixes else ""
 
 
@@ -137,14 +138,17 @@ def unwrap(content):
     return state
 
 
-def oddity(value):
-    """What keeps a value from being weights: 'int8', 'sparse_coo', 'meta', ...; '' of a dense array of floats."""
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    kind = ("nested" if value.is_nested else "meta" if value.is_meta else
-            value.dtype if value.layout == torch.strided else value.layout)
-    usual = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    return "" if kind in usual else str(kind).removeprefix("torch.")
+def refuse_odd_arrays(state):
+    """ValueError for what is no dense array of floats among the weights of a ViT: int8, sparse, meta, ..."""
+    odd = []
+    for key, value in state.items():
+        kind = (type(value).__name__ if not isinstance(value, torch.Tensor) else "nested" if value.is_nested
+                else "meta" if value.is_meta else value.dtype if value.layout == torch.strided else value.layout)
+        if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and re.match(
+                "(cls_token|pos_embed|register_tokens|patch_embed|blocks|norm|norm_cls)\\b", key):
+            odd.append(f"{key} {str(kind).removeprefix('torch.')}")
+    if odd:
+        raise ValueError(f"weights are dense arrays of floats, not {listed(odd)}; convert them{advice(state)}")
 
 
 def infer_config(state, heads=None):
@@ -153,7 +157,7 @@ def infer_config(state, heads=None):
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if key not in state]
     if missing:
-        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}")
+        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}{advice(state)}")
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     patches = state["pos_embed"].numel() // dim - 1
     grid = math.isqrt(patches)
@@ -178,8 +182,7 @@ def listed(keys):
 
 
 def load_backbone(path, which="teacher", device="cpu", heads=None):
-    """Frozen float32 VisionTransformer in eval mode from a checkpoint of train.py, an official DINO file or a timm DINO
-    ViT.
+    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO.
 
     A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
     only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
@@ -195,13 +198,7 @@ def load_backbone(path, which="teacher", device="cpu", heads=None):
         raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
     try:
         state = unwrap(weights[which])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    odd = [f"{key} {oddity(value)}" for key, value in state.items() if oddity(value) and key.startswith(
-           ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "norm_cls.", "register_tokens"))]
-    if odd:
-        raise ValueError(f"{path}: weights are dense arrays of floats, not {listed(odd)}; convert them{advice(state)}")
-    try:
+        refuse_odd_arrays(state)
         config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state, heads)
         if heads not in (None, config.heads):
             raise ValueError(f"heads={heads} is given, and the file says {config.heads}; leave out --heads")
@@ -210,8 +207,7 @@ def load_backbone(path, which="teacher", device="cpu", heads=None):
         with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
             model = vit.VisionTransformer(config).float().requires_grad_(False).eval()
     except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:    # an unknown field; no shape
-        cause = str(error).splitlines()[0] + advice(state)
-        raise ValueError(f"{path}: cannot tell the architecture: {cause}") from error
+        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
     expected = model.state_dict()
     misfits = {
         "missing": [key for key in expected if key not in state],
@@ -258,7 +254,9 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
         return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
     model = load_backbone(path, which, device, heads)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))
+    epochs = read_checkpoint(path).get("epoch")
+    epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

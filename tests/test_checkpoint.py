@@ -194,10 +194,12 @@ def test_our_own_file_knows_its_heads(tmp_path, capsys):
 def test_wrappers_are_taken_off(tmp_path, prefixes, key):
     model = tiny(**FOREIGN)
     weights = {prefixes + name: value for name, value in model.state_dict().items()}
-    training = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "loss": {"center": torch.ones(2)}}
+    training = {"epoch": torch.tensor(3), "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+                "loss": {"center": torch.ones(2)}}
     for content in ({key: weights} | training if key else weights, {"teacher": {key: weights} if key else weights}):
         torch.save(content, tmp_path / "x.pth")
         check_frozen(load_backbone(tmp_path / "x.pth"), model.state_dict(), model.config)
+    assert disk.open_weights(tmp_path / "x.pth")[1]["epochs"] is None               # that a result can hold
 
 
 def test_what_wraps_several_networks_is_refused(tmp_path):
@@ -228,15 +230,18 @@ def test_vits_of_other_families_are_named(tmp_path, more, what):
 
 
 @pytest.mark.parametrize("key, what", [
-    ("module.base_encoder.cls_token", "below module.base_encoder. alone, without that prefix"),        # MoCo v3
+    ("base_encoder.cls_token", "MoCo v3 with two encoders: save its encoder alone, under DINO's names; its ViT-S has"),
+    ("net.cls_token", "save what is below net. alone, without that prefix"),
     ("storage_tokens", "DINOv3's ViT"), ("visual.class_embedding", "CLIP: another network"),
     ("vision_model.embeddings.class_embedding", "CLIP or SigLIP"),
     ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"), ("layer1.0.conv1.weight", "a ResNet"),
     ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"), ("module.encoder_q.layer1.0.bn1.bias", "a R"),
 ])
 def test_networks_of_other_families_are_named(tmp_path, key, what):
-    message = rejected(tmp_path, {key: torch.zeros(2), "other": torch.zeros(2)})
-    assert "of a DINO ViT missing; the file holds 2 keys" in message and what in message
+    for prefix in ("", "module."):
+        weights = {prefix + name: torch.zeros(2) for name in (key, f"{key.partition('.')[0]}.head.0.weight", "other")}
+        message = rejected(tmp_path, {"state_dict": weights, "epoch": 3} if "cls_token" in key else weights)
+        assert "of a DINO ViT missing; the file holds 3 keys" in message and what in message
 
 
 @pytest.mark.filterwarnings("ignore")                               # what torch thinks of quantized and nested tensors
