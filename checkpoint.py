@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,22 +47,45 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"{path}: no such file; give a checkpoint of train.py or an official DINO .pth")
     try:
         check_archive(path)
+        content = read_safetensors(path)
         with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")                         # what torch thinks of other people's files
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = content or torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                      # the unpickler fails in a dozen ways on other bytes
         refused = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        cause = (f"it holds {refused}, and unpickling that could run code" if refused
-                 else str(error) if isinstance(error, Damaged)
-                 else f"damaged, or no torch file ({type(error).__name__})")
+        cause = (f"it holds {refused}, and unpickling that could run code; save its state_dict() alone" if refused
+                 else str(error) if isinstance(error, Refused)
+                 else other_file(path, error) or f"damaged, or no torch file ({type(error).__name__})")
         raise ValueError(f"{path}: not a checkpoint: {cause}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
-class Damaged(Exception):
+class Refused(Exception):
     pass
+
+
+def read_safetensors(path):
+    """The tensors of a file that is one by its content, whatever its name: a length, then that much JSON; else None."""
+    with open(path, "rb") as file:
+        length, start = int.from_bytes(file.read(8), "little"), file.read(1)
+    if start != b"{" or length > os.path.getsize(path) - 8:
+        return None
+    try:
+        from safetensors.torch import load_file  # not at the top: it is no requirement
+    except ImportError as error:
+        raise Refused("a safetensors file; pip install safetensors, or convert it with torch.save") from error
+    return load_file(path)
+
+
+def other_file(path, error):
+    """What a file is that torch cannot read; '' if it is not known."""
+    with open(path, "rb") as file:
+        start = file.read(99).lstrip()
+    return ("a TorchScript archive, as CLIP's; save its state_dict() alone" if "TorchScript" in str(error) else
+            "a pointer of git-lfs; git lfs pull brings the file" if start.startswith(b"version https://git-lfs") else
+            "a web page; download the file again" if start.startswith(b"<") else "")
 
 
 def check_archive(path):
@@ -71,27 +95,81 @@ def check_archive(path):
     with zipfile.ZipFile(path) as archive:
         unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
         if unpacked > 1.1 * size:
-            raise Damaged(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
+            raise Refused(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
         # A bit that no checksum covers makes an entry a folder to torch: its weights are then what the memory held.
         if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
-            raise Damaged("damaged: what it holds does not match its checksums; restore it from a copy")
+            raise Refused("damaged: what it holds does not match its checksums; restore it from a copy")
+
+
+# Of a state dict that does not fit: a pattern in its keys, whose it is, and what can be done.
+ALONE, ELSE = "save its encoder alone, under DINO's names", "another network, which cannot be loaded here"
+FOREIGN = [(r"decoder_blocks", "MAE with its decoder", ALONE), (r"masked_embed", "iBOT's student", ALONE),
+           (r"base_encoder", "MoCo v3 with two encoders", f"{ALONE}; its ViT-S has 12 heads"),
+           (r"\.ls1\.", "DINOv2's or another ViT with LayerScale", ELSE), (r"storage_tokens", "DINOv3's ViT", ELSE),
+           (r"relative_position_bias_table", "BEiT or Swin", ELSE), (r"\bvisual\.", "CLIP", ELSE),
+           (r"vision_model", "CLIP or SigLIP", ELSE), (r"\.query\.", "Hugging Face's ViT, with names of its own", ELSE),
+           (r"encoder_layer_0", "torchvision's ViT", ELSE), (r"\blayer1\.0\.", "a ResNet", ELSE),
+           (r"reg_token", "timm's ViT with registers", ELSE), (r"mask_token", "a masked-image model", ALONE),
+           (r"^head\.", "a classifier, trained with labels", f"give self-supervised weights, or {ALONE}")]
+
+
+def advice(keys):
+    """'; ...': what keys that do not fit may belong to, and the way out; '' if it is not known."""
+    for pattern, what, way_out in FOREIGN:
+        if any(re.search(pattern, key) for key in keys):
+            return f"; it looks like {what}: {way_out}"
+    prefixes = [key.removesuffix("cls_token") for key in keys if key.endswith(".cls_token")]
+    return f"; save what is below {' or '.join(prefixes)} alone, without that prefix" if prefixes else ""
+
+
+def unwrap(content):
+    """State dict in {'state_dict': ...}, {'model': ...} and the like, without the prefixes that DDP, torch.compile and
+    frameworks put before every key; DINO's projection head, `head.*` beside `backbone.*`, is dropped."""
+    inside = [key for key, value in content.items()
+              if isinstance(value, dict) and any(str(name).endswith("cls_token") for name in value)]
+    if len(inside) > 1:
+        raise ValueError(f"it holds several networks, {listed(inside)}; save the one to be measured alone")
+    state = {str(key): value for key, value in (content[inside[0]] if inside else content).items()}
+    prefix = None
+    while prefix != "":
+        if any(key.startswith("backbone.") for key in state):
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        prefix = next((prefix for prefix in ("module.", "_orig_mod.", "encoder.", "model.", "backbone.")
+                       if state and all(key.startswith(prefix) for key in state)), "")
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def refuse_odd_arrays(state):
+    """ValueError for what is no dense array of floats among the weights of a ViT: int8, sparse, meta, ..."""
+    odd = []
+    for key, value in state.items():
+        kind = (type(value).__name__ if not isinstance(value, torch.Tensor) else "nested" if value.is_nested
+                else "meta" if value.is_meta else value.dtype if value.layout == torch.strided else value.layout)
+        if kind not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and re.match(
+                "(cls_token|pos_embed|register_tokens|patch_embed|blocks|norm|norm_cls)\\b", key):
+            odd.append(f"{key} {str(kind).removeprefix('torch.')}")
+    if odd:
+        raise ValueError(f"weights are dense arrays of floats, not {listed(odd)}; convert them{advice(state)}")
 
 
 def infer_config(state, heads=None):
     """ViTConfig of a bare state dict. Shapes tell neither the attention, which is taken as softmax, nor the number of
-    heads, which is DINO's (width / 64) unless it is given."""
+    heads: DINO's widths have one per 64 unless it is given, of others it must be."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
-    missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
+    missing = [key for key in needed if key not in state]
     if missing:
-        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}")
+        raise ValueError(f"{listed(missing)} of a DINO ViT missing; the file holds {listed(state)}{advice(state)}")
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     patches = state["pos_embed"].numel() // dim - 1
     grid = math.isqrt(patches)
-    if dim % 64 or grid * grid != patches:
-        raise ValueError(f"width {dim} must be a multiple of 64 (one head each) and the {patches} position embeddings "
-                         f"of patches must form a square")
+    if grid * grid != patches:
+        raise ValueError(f"the {patches} position embeddings of patches must form a square")
+    if heads is None and dim not in (192, 384, 768, 1024):          # tiny, small, base; large has 16 in every family
+        raise ValueError(f"width {dim} is none of DINO's and does not tell the number of heads; give it: --heads N, in "
+                         "Python heads=N")
     return vit.ViTConfig(
-        image_size=grid * patch, patch_size=patch, dim=dim, heads=heads or dim // 64,
+        image_size=grid * patch, patch_size=patch, dim=dim, heads=dim // 64 if heads is None else heads,
         depth=sum(key.endswith(".norm1.weight") for key in state),
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].numel() // dim**2,
         registers=state["register_tokens"].numel() // dim if "register_tokens" in state else 0,
@@ -106,11 +184,11 @@ def listed(keys):
 
 
 def load_backbone(path, which="teacher", device="cpu", heads=None):
-    """Frozen VisionTransformer in eval mode from a checkpoint of train.py, an official DINO file or a timm DINO ViT.
+    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO.
 
     A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
     only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
-    weights are not DINO's.
+    weights are not DINO's. `heads` is for a file that does not say; what is assumed without it is printed.
     """
     content = read_checkpoint(path)
     bare = not {"teacher", "student", "config"} & content.keys()
@@ -118,36 +196,38 @@ def load_backbone(path, which="teacher", device="cpu", heads=None):
     if which not in weights:
         raise ValueError(f"{path}: holds no {which} weights; it holds "
                          + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
-
     if not isinstance(weights[which], dict):
         raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
-    state = {str(key).removeprefix("module."): value for key, value in weights[which].items()}     # DDP's prefix
-    if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
     try:
+        state = unwrap(weights[which])
+        refuse_odd_arrays(state)
         config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state, heads)
+        if heads not in (None, config.heads):
+            raise ValueError(f"heads={heads} is given, and the file says {config.heads}; leave out --heads")
         if config.depth > len(state):                               # or a hostile depth would be built block by block
             raise ValueError(f"depth={config.depth}, with {listed(state)}")
         with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
-            model = vit.VisionTransformer(config).requires_grad_(False).eval()
-    except (TypeError, ValueError, RuntimeError) as error:          # TypeError: a field that this version does not know
+            model = vit.VisionTransformer(config).float().requires_grad_(False).eval()
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:    # an unknown field; no shape
         raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
     expected = model.state_dict()
-    shared = [key for key in expected if key in state]
     misfits = {
         "missing": [key for key in expected if key not in state],
         "unexpected": [key for key in state if key not in expected],
-        "no tensor": [key for key in shared if not isinstance(state[key], torch.Tensor)],
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in shared
-                             if isinstance(state[key], torch.Tensor) and state[key].shape != expected[key].shape],
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in expected
+                             if key in state and state[key].shape != expected[key].shape],
     }
     if any(misfits.values()):
         raise ValueError(f"{path}: the weights do not fit the model: "
-                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys))
-    bad = [key for key in expected if not state[key].isfinite().all()]
+                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys)
+                         + advice(misfits["unexpected"]))
+    bad = [key for key in expected if not state[key].float().isfinite().all()]
     if bad:
         raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
     model.to_empty(device=device).load_state_dict(state)
+    if "config" not in content:
+        print(f"{printable(path)}: softmax attention " + (f"and {config.heads} heads assumed (width / 64, as in DINO); "
+              "--heads N if it has others" if heads is None else "assumed"))
     return model
 
 
@@ -155,10 +235,11 @@ def list_checkpoints(weights):
     """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
     files = []
     for name in weights:
-        numbered = sorted(map(str, Path(name).glob("checkpoint_[0-9][0-9][0-9][0-9].pt")))
+        numbered = [path for path in Path(name).glob("checkpoint_*.pt")
+                    if re.fullmatch("checkpoint_[0-9]{4,}", path.stem)]
         if Path(name).is_dir() and not numbered:
             raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
-        files += numbered or [name]
+        files += map(str, sorted(numbered, key=lambda path: int(path.stem[11:]))) if numbered else [name]
     return files
 
 
@@ -166,16 +247,18 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
     """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
 
     "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
-    ViT-S/16 without it.
+    ViT-S/16 without it. `heads`: see load_backbone.
     """
     if path == "random":
-        config = load_backbone(like, heads=heads).config if like else vit.ViTConfig()
+        config = load_backbone(like, heads=heads).config if like else vit.ViTConfig(heads=6 if heads is None else heads)
         torch.manual_seed(seed)
         model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
         return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
     model = load_backbone(path, which, device, heads)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=read_checkpoint(path).get("epoch"))
+    epochs = read_checkpoint(path).get("epoch")
+    epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

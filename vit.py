@@ -24,7 +24,7 @@ References
 # H heads, D width, P patch side in pixels, G side of the grid that the position embedding is stored for
 
 import copy
-import functools
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,12 +45,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNe
 
 
 def read_image(path):
-    """PIL image in mode RGB from any file Pillow can read; 16-bit grey is scaled to 8 bits, transparency ignored."""
+    """PIL image in mode RGB from any file Pillow can read; transparency is ignored.
+
+    Of 16 bits the upper 8 are kept. If no value reaches 2**14, it is a dark picture or, more often, one of 8 to 14 bits
+    in a file of 16, which would come out dark or black: refused, as are 32-bit values that no 16 bits hold and floats,
+    for which no rule says what is white. ValueError says so.
+    """
     with Image.open(path) as image:
-        if image.mode.startswith("I"):                              # I;16 (PNG, TIFF) or I: convert() would clip at 255
-            high_byte = np.asarray(image).clip(0, 65535) >> 8       # what Pillow itself does with 16-bit colour
-            return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        wide = image.mode.startswith("I") or re.search(";16[BLN]", str(image.tile))         # RGB;16B: of the file
+        if image.mode == "F":
+            raise ValueError("float values, of which none is known to be white; convert it to 8 bits")
+        if image.mode.startswith("I"):                              # convert() would clip at 255
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"values {values.min()} to {values.max()} are no 16 bits; convert it to 8 bits")
+            image = Image.fromarray((values >> 8).astype(np.uint8))         # what Pillow itself does with colour
+        image = image.convert("RGB")
+    if wide and np.asarray(image).max() < 2**14 >> 8:
+        raise ValueError("16-bit values that stay below 2**14: dark, or fewer bits in a file of 16; convert it to "
+                         "8 bits")
+    return image
 
 
 def eval_transform(size):
@@ -62,17 +76,15 @@ def eval_transform(size):
     ])
 
 
-@functools.cache
-def mean_and_std(device):
-    """(3, 1, 1) each, made once per device: copying them there for every batch would make the host wait for it."""
-    with torch.inference_mode(False):
-        return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+def by_channel(values, device):
+    """(3, 1, 1) float32, filled on the device: a copy would make the host wait for it, for every batch, and a cache
+    would keep what the first call made, be it an export's or a compiler's."""
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def normalize(images):
     """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
-    mean, std = mean_and_std(images.device)
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255 - by_channel(MEAN, images.device)) / by_channel(STD, images.device)
 
 
 def pad_to_patches(images, patch):
@@ -158,7 +170,8 @@ class Attention(nn.Module):
     def weights(self, x):
         """(B, H, T, T) float32: the weights that `attend` multiplies with v, which it never hands out."""
         q, k, _ = self.project(x)
-        with torch.autocast(x.device.type, enabled=False):          # bfloat16 scores would blur the zeros of entmax
+        device = "cpu" if x.is_meta else x.device.type              # meta has no autocast to leave
+        with torch.autocast(device, enabled=False):                 # bfloat16 scores would blur the zeros of entmax
             scores = (q.float() * q.size(-1) ** -0.5) @ k.float().transpose(-2, -1)      # as in entmax15_attention
             return self.weigh(scores, dim=-1)
 
@@ -259,10 +272,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image height {height} and width {width} must be multiples of the patch size {P}; "
                              f"resize, crop or pad the images")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.position(height // P, width // P)              # (B, 1 + N, D)
         if self.config.registers:                                   # after the positions: registers have none
-            registers = self.register_tokens.expand(len(x), -1, -1)
+            registers = self.register_tokens.expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)   # (B, T, D)
         return x
 

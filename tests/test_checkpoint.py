@@ -1,0 +1,424 @@
+import argparse
+import dataclasses
+import json
+import os
+import re
+import struct
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from test_vit import METHODS, images, official_shapes, tiny
+from torch import nn
+
+import checkpoint as disk
+from checkpoint import load_backbone
+from vit import VisionTransformer, ViTConfig
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+FOREIGN = dict(image_size=32, patch_size=8, dim=192, depth=2, heads=3)              # DINO's tiny: dim / 64
+
+
+def ours(**overrides):
+    """What train.py writes, with different student and teacher."""
+    student, teacher = tiny(1, **overrides), tiny(2, **overrides)
+    checkpoint = dict(config=dataclasses.asdict(student.config), student=student.state_dict(),
+                      teacher=teacher.state_dict(), student_head={"mlp.0.bias": torch.zeros(3)},
+                      center=torch.zeros(1, 3), optimizer={"state": {}, "param_groups": [{"lr": 0.1}]}, scaler=None,
+                      step=5, epoch=1, args={"lr": 1})
+    return checkpoint, student, teacher
+
+
+def official_full(model):
+    weights = model.state_dict()
+    return {
+        "student": {f"module.backbone.{k}": v for k, v in weights.items()} | {"module.head.mlp.0.bias": torch.ones(2)},
+        "teacher": {f"backbone.{k}": v + 1 for k, v in weights.items()} | {"head.last_layer.weight_g": torch.ones(2)},
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-4)}]}, "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", patch_size=16), "dino_loss": {"center": torch.zeros(1, 2)},
+    }
+
+
+def check_frozen(model, weights, config):
+    assert model.config == config and not model.training and not any(p.requires_grad for p in model.parameters())
+    loaded = model.state_dict()
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_load_our_checkpoint(tmp_path, method):
+    checkpoint, student, teacher = ours(**method)
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    state = torch.get_rng_state()
+    check_frozen(load_backbone(tmp_path / "checkpoint.pt"), teacher.state_dict(), teacher.config)
+    check_frozen(load_backbone(str(tmp_path / "checkpoint.pt"), "student"), student.state_dict(), student.config)
+    assert torch.equal(torch.get_rng_state(), state)                # loading draws nothing
+    x = images(2, 3, 16, 16)
+    assert torch.equal(load_backbone(tmp_path / "checkpoint.pt")(x), teacher.requires_grad_(False)(x))
+
+
+@pytest.mark.parametrize("extra", [{}, dict(registers=3), dict(specialize=True), dict(mlp_ratio=2, image_size=48)])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_load_bare_state_dict(tmp_path, extra, legacy):
+    """Official backbone files and timm's DINO ViTs; DINO's time still had torch's older file format."""
+    model = tiny(**FOREIGN | extra)
+    torch.save(model.state_dict(), tmp_path / "bare.pth", _use_new_zipfile_serialization=not legacy)
+    check_frozen(load_backbone(tmp_path / "bare.pth"), model.state_dict(), model.config)
+
+
+def test_load_small_16_by_shapes(tmp_path):
+    """The keys of the official dino_deitsmall16_pretrain.pth and of timm's vit_small_patch16_224.dino, in any order."""
+    weights = {key: torch.randn(shape) for key, shape in reversed(official_shapes().items())}
+    torch.save(weights, tmp_path / "small.pth")
+    check_frozen(load_backbone(tmp_path / "small.pth"), weights, ViTConfig())
+
+
+@pytest.mark.parametrize("numpy_core", ["numpy._core", "numpy.core"])
+def test_load_official_full_checkpoint(tmp_path, numpy_core):
+    """With prefixes, heads, a Namespace, and learning rates as numpy floats, as numpy 2 and numpy 1 pickle them."""
+    model, path = tiny(**FOREIGN), tmp_path / "full.pth"
+    torch.save(official_full(model), tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"numpy._core.multiarray", f"{numpy_core}.multiarray".encode()))
+        assert f"{numpy_core}.multiarray".encode() in new.read("new/data.pkl")
+    student = model.state_dict()
+    check_frozen(load_backbone(path, "student"), student, model.config)
+    check_frozen(load_backbone(path), {key: value + 1 for key, value in student.items()}, model.config)
+
+
+def without(weights, *keys):
+    return {key: value for key, value in weights.items() if key not in keys}
+
+
+def rejected(tmp_path, content, which="teacher"):
+    path = tmp_path / "x.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        load_backbone(path, which)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 600
+    return message
+
+
+def test_mismatches_are_named(tmp_path):
+    weights = tiny(**FOREIGN).state_dict()
+    assert "1 key (blocks.1.attn.qkv.bias) missing" in rejected(tmp_path, without(weights, "blocks.1.attn.qkv.bias"))
+    assert "2 keys (head.weight, head.bias) unexpected" in rejected(
+        tmp_path, weights | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)})        # a classifier
+    assert "1 key (norm.bias (127,) for (192,)) of another shape" in rejected(
+        tmp_path, weights | {"norm.bias": torch.zeros(127)})
+    assert "2 keys (norm.weight, norm.bias) missing; 1 key (foo) unexpected" in rejected(
+        tmp_path, without(weights, "norm.weight", "norm.bias") | {"foo": 1})
+
+    full = official_full(tiny(**FOREIGN))
+    full["teacher"]["neck.weight"] = torch.zeros(1)
+    assert "save what is below backbone. alone" in rejected(tmp_path, full)         # only the head is dropped
+
+    checkpoint, *_ = ours()
+    checkpoint["config"]["registers"] = 4
+    assert "1 key (register_tokens) missing" in rejected(tmp_path, checkpoint)
+    checkpoint, *_ = ours(specialize=True)
+    checkpoint["config"]["specialize"] = False
+    message = rejected(tmp_path, checkpoint)                        # 3 blocks of 2 norms, 1 qkv, 1 final norm
+    assert "16 keys (blocks.0.attn.qkv_cls.weight, " in message and ", ...) unexpected" in message
+    for field, value in (("attn", "sparsemax"), ("rope", True)):    # written by a later version
+        checkpoint["config"][field] = value
+        message = rejected(tmp_path, checkpoint)
+        assert "cannot tell the architecture" in message and field in message
+
+
+def test_foreign_architectures_are_refused(tmp_path):
+    message = rejected(tmp_path, {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
+    assert "5 keys (cls_token, pos_embed, patch_embed.proj.weight, ...) of a DINO ViT missing" in message
+    assert "the file holds 2 keys (conv1.weight, fc.weight)" in message
+    assert "are a Tensor, not a dict of tensors" in rejected(tmp_path, {"teacher": torch.zeros(3)})
+    assert "weights are dense arrays of floats, not 1 key (norm.weight int)" in rejected(
+        tmp_path, tiny(**FOREIGN).state_dict() | {"norm.weight": 3})
+    weights = tiny(**FOREIGN).state_dict()
+    assert "17 position embeddings of patches must form a square" in rejected(
+        tmp_path, weights | {"pos_embed": torch.zeros(1, 18, 192)})
+    for shape in ((), (1, 1, 0)):
+        assert "cannot tell the architecture" in rejected(tmp_path, weights | {"cls_token": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("dim, heads", [(192, 3), (384, 6), (768, 12), (1024, 16)])
+def test_heads_of_dinos_widths_are_assumed_and_named(tmp_path, capsys, dim, heads):
+    with torch.device("meta"):
+        model = VisionTransformer(ViTConfig(image_size=16, dim=dim, heads=heads, depth=1))
+    torch.save(model.to_empty(device="cpu").apply(zeros).state_dict(), tmp_path / "x.pth")
+    assert load_backbone(tmp_path / "x.pth").config == model.config
+    assert capsys.readouterr().out == (f"{tmp_path / 'x.pth'}: softmax attention and {heads} heads assumed "
+                                       "(width / 64, as in DINO); --heads N if it has others\n")
+    assert disk.open_weights(tmp_path / "x.pth", heads=2)[0].config == dataclasses.replace(model.config, heads=2)
+    assert capsys.readouterr().out == f"{tmp_path / 'x.pth'}: softmax attention assumed\n"
+
+
+def zeros(module):
+    for p in module.parameters(recurse=False):
+        nn.init.zeros_(p)
+
+
+def test_heads_of_other_widths_must_be_given(tmp_path):
+    """timm's huge is 1,280 wide with 16 heads: 20 gave other features, 9.4 % off, without a word."""
+    path, model, x = tmp_path / "x.pt", tiny(dim=128, heads=4), images(2, 3, 16, 16)
+    assert re.search("width 128 is none of DINO's .* give it: --heads N, in Python heads=N", rejected(
+        tmp_path, model.state_dict()))
+    assert torch.equal(load_backbone(path, heads=4)(x), model.requires_grad_(False)(x))
+    assert not torch.allclose(load_backbone(path, heads=2)(x), model(x), rtol=1e-3)
+    for heads, cause in ((5, "dim=128 is not divisible by heads=5"), (0, "heads=0 must be at least 1")):
+        with pytest.raises(ValueError, match=f"x.pt: cannot tell the architecture: {cause}"):
+            load_backbone(path, heads=heads)
+    control, facts = disk.open_weights("random", like=path, heads=4)
+    assert control.config == model.config and facts["weights"] == "random"
+    assert disk.open_weights("random", heads=12)[0].config == ViTConfig(heads=12)
+
+
+def test_our_own_file_knows_its_heads(tmp_path, capsys):
+    path, (checkpoint, _, teacher) = tmp_path / "x.pt", ours()
+    torch.save(checkpoint, path)
+    assert load_backbone(path).config == load_backbone(path, heads=3).config == teacher.config
+    assert capsys.readouterr().out == ""
+    for name, like in (path, None), ("random", path):
+        with pytest.raises(ValueError, match="heads=6 is given, and the file says 3; leave out --heads"):
+            disk.open_weights(name, like=like, heads=6)
+
+
+@pytest.mark.parametrize("prefixes", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone.",
+                                      "module.backbone.", "encoder.", "model.", "module.model.backbone."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
+def test_wrappers_are_taken_off(tmp_path, prefixes, key):
+    model = tiny(**FOREIGN)
+    weights = {prefixes + name: value for name, value in model.state_dict().items()}
+    training = {"epoch": torch.tensor(3), "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+                "loss": {"center": torch.ones(2)}}
+    for content in ({key: weights} | training if key else weights, {"teacher": {key: weights} if key else weights}):
+        torch.save(content, tmp_path / "x.pth")
+        check_frozen(load_backbone(tmp_path / "x.pth"), model.state_dict(), model.config)
+    assert disk.open_weights(tmp_path / "x.pth")[1]["epochs"] is None               # that a result can hold
+
+
+def test_what_wraps_several_networks_is_refused(tmp_path):
+    weights = tiny(**FOREIGN).state_dict()
+    assert "several networks, 2 keys (model, model_ema); save the one to be measured alone" in rejected(
+        tmp_path, {"model": weights, "model_ema": weights, "epoch": 1})
+    below = {f"{prefix}.{key}": value for prefix in ("teacher.backbone", "student.backbone")
+             for key, value in weights.items()}
+    assert "save what is below teacher.backbone. or student.backbone. alone, without that prefix" in rejected(
+        tmp_path, below)
+    assert "one bare state dict, to be loaded as which='teacher'" in rejected(tmp_path, {"model": weights}, "student")
+
+
+@pytest.mark.parametrize("more, what", [
+    ({"decoder_blocks.0.norm1.weight": (128,), "mask_token": (1, 1, 128)}, "MAE with its decoder: save its encoder "),
+    ({"masked_embed": (1, 192)}, "iBOT's student: save its encoder alone, under DINO's names"),
+    ({"blocks.0.ls1.gamma": (192,), "mask_token": (1, 192)}, "DINOv2's or another ViT with LayerScale: another net"),
+    ({"mask_token": (1, 192)}, "a masked-image model: save its encoder alone"),
+    ({"head.weight": (10, 192)}, "a classifier, trained with labels: give self-supervised weights, or save its"),
+    ({"reg_token": (1, 4, 192)}, "timm's ViT with registers: another network, which cannot be loaded here"),
+    ({"blocks.0.attn.relative_position_bias_table": (9, 3)}, "BEiT or Swin: another network"),
+])
+def test_vits_of_other_families_are_named(tmp_path, more, what):
+    """Also below the wrappers that they come in."""
+    weights = tiny(**FOREIGN).state_dict() | {key: torch.zeros(shape) for key, shape in more.items()}
+    for content in (weights, {"model": weights}, {f"module.{key}": value for key, value in weights.items()}):
+        assert f"it looks like {what}" in rejected(tmp_path, content)
+
+
+@pytest.mark.parametrize("key, what", [
+    ("base_encoder.cls_token", "MoCo v3 with two encoders: save its encoder alone, under DINO's names; its ViT-S has"),
+    ("net.cls_token", "save what is below net. alone, without that prefix"),
+    ("storage_tokens", "DINOv3's ViT"), ("visual.class_embedding", "CLIP: another network"),
+    ("vision_model.embeddings.class_embedding", "CLIP or SigLIP"),
+    ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"), ("layer1.0.conv1.weight", "a ResNet"),
+    ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"), ("module.encoder_q.layer1.0.bn1.bias", "a R"),
+])
+def test_networks_of_other_families_are_named(tmp_path, key, what):
+    for prefix in ("", "module."):
+        weights = {prefix + name: torch.zeros(2) for name in (key, f"{key.partition('.')[0]}.head.0.weight", "other")}
+        message = rejected(tmp_path, {"state_dict": weights, "epoch": 3} if "cls_token" in key else weights)
+        assert "of a DINO ViT missing; the file holds 3 keys" in message and what in message
+
+
+@pytest.mark.filterwarnings("ignore")                               # what torch thinks of quantized and nested tensors
+@pytest.mark.parametrize("kind, change", [
+    ("int8", lambda x: x.to(torch.int8)), ("int64", lambda x: x.long()), ("bool", lambda x: x > 0),
+    ("complex64", lambda x: x.to(torch.complex64)), ("float8_e4m3fn", lambda x: x.to(torch.float8_e4m3fn)),
+    ("sparse_coo", lambda x: x.to_sparse()), ("meta", lambda x: x.to("meta")),
+    ("qint8", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+    ("nested", lambda x: torch.nested.nested_tensor([x, x])),
+])
+def test_arrays_that_are_no_weights_are_named(tmp_path, kind, change):
+    """int8 loaded, with other features; the others ended in tracebacks."""
+    weights = tiny(**FOREIGN).state_dict()
+    for key in ("cls_token", "norm.bias"):
+        assert f"weights are dense arrays of floats, not 1 key ({key} {kind})" in rejected(
+            tmp_path, weights | {key: change(weights[key])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_float32(tmp_path, dtype):
+    weights = {key: value.to(dtype) for key, value in tiny(**FOREIGN).state_dict().items()}
+    torch.save(weights, tmp_path / "x.pth")
+    torch.set_default_dtype(torch.bfloat16)                         # has no say in it
+    try:
+        model = load_backbone(tmp_path / "x.pth")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check_frozen(model, {key: value.float() for key, value in weights.items()}, ViTConfig(**FOREIGN))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    if dtype == torch.float64:
+        weights["norm.bias"][0] = 1e300
+        assert "not finite: 1 key (norm.bias)" in rejected(tmp_path, weights)
+
+
+def save_safetensors(tensors, path):
+    """The format, written by hand: the header's length, the header, the bytes."""
+    header, data = {}, b""
+    for key, value in tensors.items():
+        raw = value.contiguous().numpy().tobytes()
+        header[key] = dict(dtype="F32", shape=list(value.shape), data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    header = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def load_safetensors(path):
+    """What safetensors.torch.load_file does: a stand-in for the package, which the tests do not need."""
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, data = json.loads(whole[8:8 + length]), bytearray(whole[8 + length:])
+    return {key: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=torch.float32).reshape(entry["shape"])
+            for key, entry in header.items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_safetensors_are_read_or_called_by_their_name(tmp_path, monkeypatch, name):
+    model = tiny(**FOREIGN)
+    save_safetensors(model.state_dict(), tmp_path / name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)           # as if it were not installed
+    with pytest.raises(ValueError, match=f"{name}: not a checkpoint: a safetensors file; pip install safetensors, or "):
+        load_backbone(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", types.SimpleNamespace(load_file=load_safetensors))
+    check_frozen(load_backbone(tmp_path / name), model.state_dict(), model.config)
+    assert disk.open_weights(tmp_path / name)[1]["epochs"] is None
+
+
+@pytest.mark.parametrize("epochs", [(0, 5000, 9999, 10000, 15000, 20000), (10000, 100000)])
+def test_run_folder_beyond_9999_epochs(tmp_path, epochs):
+    for n in epochs:
+        (tmp_path / f"checkpoint_{n:04d}.pt").touch()
+    for other in ("checkpoint.pt", "checkpoint_0000.seg.shapes.json", "checkpoint_12.pt", "checkpoint_old1.pt"):
+        (tmp_path / other).touch()
+    assert disk.list_checkpoints([tmp_path, "random"]) == [str(tmp_path / f"checkpoint_{n:04d}.pt") for n in epochs] + [
+        "random"]
+
+
+def test_missing_which(tmp_path):
+    checkpoint, *_ = ours()
+    del checkpoint["student"]
+    assert "holds no student weights; it holds 9 keys (config, teacher, student_head, ...)" in rejected(
+        tmp_path, checkpoint, "student")
+    bare = tiny(**FOREIGN).state_dict()
+    assert "one bare state dict, to be loaded as which='teacher'" in rejected(tmp_path, bare, "student")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    marker = tmp_path / "executed"
+    checkpoint, *_ = ours()
+    message = rejected(tmp_path, checkpoint | {"args": Evil(str(marker))})
+    assert not marker.exists() and "posix.mkdir" in message and "could run code" in message
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert marker.exists()                                          # the trap was real
+    assert "pathlib" in rejected(tmp_path, checkpoint | {"args": tmp_path})         # no type but those listed
+
+
+@pytest.mark.parametrize("content, what", [
+    (b"<!DOCTYPE html><html>404", "a web page; download the file again"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 86\n", "a pointer of git-lfs; git lfs pull"),
+])
+def test_what_is_no_weights_at_all_is_named(tmp_path, content, what):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.pt: not a checkpoint: {what}"):
+        load_backbone(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")                               # torch gives up TorchScript
+def test_whole_models_are_refused_with_the_way_out(tmp_path):
+    assert "it holds vit.VisionTransformer, and unpickling that could run code; save its state_dict()" in rejected(
+        tmp_path, tiny())
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="clip.pt: not a checkpoint: a TorchScript archive, as CLIP's; save its "):
+        load_backbone(tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"I am no checkpoint", b"PK\x03\x04" + bytes(100), bytes(range(256)) * 8])
+def test_damaged_file(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.pt: not a checkpoint: damaged, or no torch file \(\w+\)$"):
+        load_backbone(tmp_path / "x.pt")
+
+
+def test_half_written_checkpoint(tmp_path):
+    torch.save(tiny(**FOREIGN).state_dict(), tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        load_backbone(tmp_path / "x.pt")
+
+
+def test_every_bit_of_the_directory(tmp_path):
+    """Its flip is refused or changes nothing. torch takes one of them, of an entry's attributes, for "a folder"."""
+    path, weights = tmp_path / "x.pt", torch.full((5000,), 7.0)
+    torch.save({"x": weights}, path)
+    whole, outcomes = path.read_bytes(), []
+    with zipfile.ZipFile(path) as archive:
+        first = archive.start_dir
+    for i in range(8 * first, 8 * len(whole)):
+        data = bytearray(whole)
+        data[i // 8] ^= 1 << i % 8
+        path.write_bytes(data)
+        torch.full((5000,), 9.0)                                    # left in the memory that an unread array gets
+        try:
+            outcomes.append(torch.equal(disk.read_checkpoint(path)["x"], weights))
+        except ValueError:
+            outcomes.append(None)
+    assert False not in outcomes and None in outcomes and True in outcomes
+
+
+def test_missing_file_and_other_content(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.pt: no such file; give a checkpoint of train.py or an offic"):
+        load_backbone(tmp_path / "nothing.pt")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_backbone(tmp_path)
+    assert "it holds a Tensor, not a dict" in rejected(tmp_path, torch.zeros(3))
+    assert "of a DINO ViT missing; the file holds 1 key (0)" in rejected(tmp_path, {0: torch.zeros(3)})
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pt"
+    disk.write_checkpoint(path, {"step": 1})
+    old = path.read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=re.escape(f"{path}: not written: {error}")):
+        disk.write_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]
