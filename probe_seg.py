@@ -221,8 +221,7 @@ class Pictures:
 
     def numbers(self, i):
         """Of label file i as they are, uint8 (H, W)."""
-        mask = self.pairs[i][1]
-        ids = read_picture(mask, load_mask)
+        ids = read_picture(mask := self.pairs[i][1], load_mask)
         wrong = ids[(self.table[ids] >= self.classes) & (self.table[ids] != IGNORE)]
         if wrong.size:
             raise ValueError(f"{mask}: holds label {wrong.max()}; {self.data} has {self.classes} classes; is it the "
@@ -344,10 +343,10 @@ def list_voc(root, split, names):
         columns = {os.path.basename(word).removesuffix(".jpg").removesuffix(".png") for word in line.split()}
         if not columns:
             continue
-        if len(columns) > 1:
+        name = columns.pop()
+        if columns:
             raise ValueError(f"{file}: line {n}: {line.strip()}: not the name of one image, as 2007_000032, or its "
                              "picture and its label, as JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png")
-        name = columns.pop()
         masks = [folder / kind / f"{name}.png" for kind in kinds]
         pairs.append((folder / f"JPEGImages/{name}.jpg", next((path for path in masks if path.is_file()), masks[-1])))
         for path in pairs[-1]:
@@ -424,9 +423,8 @@ def open_data(args, size):
             sys.exit(f"{args.root}: {len(pairs):,} {split} images of {expected:,}; complete it, or give "
                      "--allow-partial")
         splits.append(Pictures(pairs, args))
-    check_apart(args.voc_list or args.root, splits[0].pairs, splits[1].pairs)
-    for split, images in zip(("train", "val"), splits, strict=True):
-        check_labels(images, split)
+        check_labels(splits[-1], split)
+    check_apart(args.voc_list or args.root, *(images.pairs for images in splits))
     pictures, masks = zip(*splits[0].pairs, *splits[1].pairs, strict=True)
     return *splits, checkpoint.fingerprint(Path(args.root), pictures, masks)
 
@@ -743,7 +741,8 @@ def evaluate(path, args, device, opened):
                   seed=args.seed, metrics=None, protocol=protocol)
     default = checkpoint.result_path(path, "seg", args.data, config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
-    if finished and {*kinds} <= {(head["block"], head["concat_cls"]) for head in finished["metrics"]["heads"]}:
+    there = {(head["block"], head["concat_cls"]) for head in finished["metrics"]["heads"]} if finished else set()
+    if there >= set(kinds) and finished["config"] == result["config"]:
         if args.save_images:
             print(f"{out}: no pictures drawn, nothing is evaluated again; remove it to draw them")
         checkpoint.say_finished(out, finished)

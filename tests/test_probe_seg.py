@@ -1045,6 +1045,8 @@ def test_heads_of_a_file_that_does_not_say(few_scenes, tmp_path, checkpoint, cap
     for flags, heads in (([], 1), (["--heads", "2"], 2)):
         r, _ = run(capsys, tmp_path, str(tmp_path / "bare.pt"), "shapes", *flags, out=f"heads{heads}")
         assert r["config"]["heads"] == heads
+        probe_seg.main(["--weights", "bare.pt", "--iters", "1", *flags])        # the second finds the first's result
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["config"]["heads"] == heads
 
 
 def test_random_takes_the_architecture_and_the_seed(few_scenes, tmp_path, checkpoint, capsys):
