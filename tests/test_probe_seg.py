@@ -726,10 +726,11 @@ def test_the_defaults_are_the_protocol(tmp_path, checkpoint, monkeypatch, data):
         probe_seg.main(["--weights", checkpoint, "--data", data] + ["--root", "."] * (data != "shapes"))
 
 
-@pytest.mark.parametrize("data, flags, n, views", [
-    ("voc", "", 16, 2), ("voc", "--batch-size 3", 3, 2), ("ade20k", "", 16, 2), ("cityscapes", "", 16, 3 * 6),
-    ("shapes", "", 16, None), ("shapes", "--batch-size 3", 3, None)])
-def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint, monkeypatch, data, flags, n, views):
+@pytest.mark.parametrize("data, flags, n, crop, views", [
+    ("voc", "", 16, 512, 2), ("ade20k", "", 16, 512, 2), ("cityscapes", "", 16, 512, 3 * 6), ("shapes", "", 16, 32, 20),
+    ("voc", "--batch-size 3 --crop 96 --short-side 128", 3, 96, 2 * 2), ("shapes", "--batch-size 3", 3, 32, 20)])
+def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint, monkeypatch, data, flags, n, crop,
+                                               views):
     """Batches of 16 crops of 512 px, windows of 512 px; by their shapes, with features that cost nothing."""
     frozen, labelled = [], []
 
@@ -747,10 +748,8 @@ def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint,
     if data != "shapes":
         where = ["--root", str(DRAW[data](tmp_path / data, 2, 1)), "--allow-partial", "--workers", "0"]
     probe_seg.main(["--weights", checkpoint, "--data", data, *where, "--iters", "1", *flags.split()])
-    if data == "shapes":
-        assert labelled == [(n, 32, 32)] and frozen == [(40, 32, 32), (20, 32, 32)]
-    else:
-        assert labelled == [(n, 512, 512)] and frozen == [(n, 512, 512), (views, 512, 512)]
+    assert labelled == [(n, crop, crop)]
+    assert frozen == [(40 if data == "shapes" else n, crop, crop), (views, crop, crop)]         # all scenes at once
 
 
 def test_every_epoch_has_its_own_order_and_crops(tmp_path, checkpoint, capsys, monkeypatch):
@@ -882,16 +881,16 @@ def test_resume_is_bit_equal(few_scenes, tmp_path, checkpoint, capsys, monkeypat
 @pytest.mark.parametrize("number, where", [(signal.SIGTERM, "pixel_loss"), (signal.SIGINT, "predict")])
 def test_a_signal_saves_and_the_same_command_goes_on(few_scenes, tmp_path, checkpoint, capsys, monkeypatch, data,
                                                      workers, number, where):
-    """In iteration 3, or within the last evaluation; loader processes get the signal, too, as from a terminal."""
-    flags = ["--save-images", "1", "--workers", str(workers)]
+    """In iteration 8, or within the last evaluation; loader processes get the signal, too, as from a terminal."""
+    flags = ["--save-images", "1", "--workers", str(workers), "--iters", "12", "--eval-every", "6"]
     whole = run(capsys, tmp_path, checkpoint, data, *flags)
     work, calls = getattr(probe_seg, where), []
 
     def signalled(*inputs):
         calls.append(number)
-        if len(calls) == (3 if where == "pixel_loss" else 4 if data == "voc" else 2):       # three val pictures
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, number)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+        if len(calls) == (8 if where == "pixel_loss" else 4 if data == "voc" else 2):       # three val pictures
             os.kill(os.getpid(), number)
         return work(*inputs)
 
@@ -902,8 +901,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(few_scenes, tmp_path, check
             run(capsys, tmp_path, checkpoint, data, *flags, out="parts")
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
     saved = torch.load(tmp_path / "parts.head.pt", weights_only=True)
-    assert saved["iteration"] == (3 if where == "pixel_loss" else 4)
-    evaluated = [2, 4] if (where, data) == ("predict", "shapes") else [2]       # the scenes are one batch
+    assert saved["iteration"] == (8 if where == "pixel_loss" else 12)
+    evaluated = [6, 12] if (where, data) == ("predict", "shapes") else [6]      # the scenes are one batch
     assert [entry["iteration"] for entry in saved["history"]] == evaluated and not (tmp_path / "parts.json").exists()
     if (where, data) != ("predict", "voc"):
         assert capsys.readouterr().out.splitlines()[-1] == (
