@@ -16,7 +16,7 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 import argparse
 import dataclasses
 import datetime
-import json
+import filecmp
 import math
 import os
 import statistics
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import vit
-from shapes import CLASSES, Shapes
+from shapes import CLASSES, FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it.
 PAPER = dict(iters=40_000, batch_size=16, crop=512, workers=10, save_every=1000, log_every=100)
@@ -81,6 +81,8 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default "
+                   "width / 64, as in DINO")
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes")
     p.add_argument("--root", help="folder that holds VOCdevkit/, ADEChallengeData2016/, or leftImg8bit/ and gtFine/")
@@ -136,11 +138,11 @@ def check_args(p, args):
             p.error(f"--stride {args.stride}: must be at most --crop {args.crop}, or pixels are missed")
     if args.eval_every is None:
         args.eval_every = max(1, round(args.iters / 8))
-    for name in ("iters batch_size crop stride short_side seeds workers seed eval_every save_every log_every "
+    for name in ("iters batch_size crop stride short_side seeds heads workers seed eval_every save_every log_every "
                  "save_images").split():
-        value, least = getattr(args, name), name not in ("workers", "seed", "save_images")
+        value, least = getattr(args, name), {"workers": 0, "seed": 0, "save_images": 0, "short_side": 2}.get(name, 1)
         if value is not None and value < least:
-            p.error(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
+            p.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed}: must be below 2^63")
     try:
@@ -190,7 +192,7 @@ def label_table(data):
     if data == "ade20k":
         table = np.where(np.isin(table, (0, 255)), IGNORE, table - 1).astype(np.uint8)     # 0 is "other"
     if data == "cityscapes":
-        table[:] = IGNORE
+        table[[*range(34), 255]] = IGNORE                           # no other number is in its files
         table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
     return table
 
@@ -217,18 +219,22 @@ class Pictures:
     def __len__(self):
         return len(self.pairs)
 
-    def read(self, i):
-        picture, mask = self.pairs[i]
-        image, ids = np.array(read_picture(picture)), read_picture(mask, load_mask)
-        if ids.shape != image.shape[:2]:
-            raise ValueError(f"{mask}: {ids.shape[1]} x {ids.shape[0]} pixels, but {picture} has {image.shape[1]} x "
-                             f"{image.shape[0]}; they must be equal")
-        label = self.table[ids]
-        wrong = ids[(label >= self.classes) & (label != IGNORE)]
+    def numbers(self, i):
+        """Of label file i as they are, uint8 (H, W)."""
+        ids = read_picture(mask := self.pairs[i][1], load_mask)
+        wrong = ids[(self.table[ids] >= self.classes) & (self.table[ids] != IGNORE)]
         if wrong.size:
             raise ValueError(f"{mask}: holds label {wrong.max()}; {self.data} has {self.classes} classes; is it the "
                              "label file of another data set?")
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
+        return ids
+
+    def read(self, i):
+        (picture, mask), ids = self.pairs[i], self.numbers(i)
+        image = np.array(read_picture(picture))
+        if ids.shape != image.shape[:2]:
+            raise ValueError(f"{mask}: {ids.shape[1]} x {ids.shape[0]} pixels, but {picture} has {image.shape[1]} x "
+                             f"{image.shape[0]}; they must be equal")
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(self.table[ids])
 
     def __getitem__(self, i):
         image, label = self.read(i)
@@ -299,8 +305,8 @@ class Crops:
         rng = np.random.default_rng((CROP, self.seed, *key))
         image, label = self.images.read(key[1])
         ratio = rng.uniform(0.5, 2)
-        size = fit(*label.shape, *(ratio * side for side in self.images.sides))
-        image, label = resize(image, size), F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
+        size = fit(*label.shape, *np.floor(ratio * np.array(self.images.sides)))        # whole sides, as mmcv's
+        image, label = resize(image, size), F.interpolate(label[None, None], size, mode="nearest")[0, 0]
         top, left = place_crop(label.numpy(), self.size, rng)
         image, label = (x[..., top:top + self.size, left:left + self.size] for x in (image, label))
         if rng.random() < 0.5:
@@ -333,9 +339,14 @@ def list_voc(root, split, names):
     folder, pairs = root / "VOCdevkit/VOC2012", []
     file = Path(names or folder / f"ImageSets/Segmentation/{split}.txt")
     kinds = ["SegmentationClassAug", "SegmentationClass"] if names else ["SegmentationClass"]
-    for n, name in enumerate(map(str.strip, file.read_text(errors="surrogateescape").split("\n")), 1):
-        if not name:
+    for n, line in enumerate(file.read_text("utf-8-sig", "surrogateescape").split("\n"), 1):
+        columns = {os.path.basename(word).removesuffix(".jpg").removesuffix(".png") for word in line.split()}
+        if not columns:
             continue
+        name = columns.pop()
+        if columns:
+            raise ValueError(f"{file}: line {n}: {line.strip()}: not the name of one image, as 2007_000032, or its "
+                             "picture and its label, as JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png")
         masks = [folder / kind / f"{name}.png" for kind in kinds]
         pairs.append((folder / f"JPEGImages/{name}.jpg", next((path for path in masks if path.is_file()), masks[-1])))
         for path in pairs[-1]:
@@ -344,25 +355,55 @@ def list_voc(root, split, names):
     return pairs
 
 
+def visible(paths):
+    """In order, without what macOS and others leave beside the data: ._a.jpg, and folders such as .cache."""
+    return [path for path in sorted(paths) if not path.name.startswith(".") and not path.parent.name.startswith(".")]
+
+
 def list_ade20k(root, split, _):
     folder, name = root / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
     return [(picture, folder / "annotations" / name / f"{picture.stem}.png")
-            for picture in sorted((folder / "images" / name).glob("*.jpg"))]
+            for picture in visible((folder / "images" / name).iterdir()) if picture.suffix.lower() in (".jpg", ".jpeg")]
 
 
 def list_cityscapes(root, split, _):
     folder = root / "gtFine" / split
     return [(picture, folder / picture.parent.name / picture.name.replace("_leftImg8bit", "_gtFine_labelIds"))
-            for picture in sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))]
+            for picture in visible((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))]
 
 
 LISTS = {"voc": list_voc, "ade20k": list_ade20k, "cityscapes": list_cityscapes}
 
 
+def check_apart(source, train, val):
+    """What was trained on is not val: the same file, also through links, or a copy under the same name."""
+    files, names = {os.path.realpath(path) for path, _ in train}, {path.name: path for path, _ in train}
+    shared = [path for path, _ in val if os.path.realpath(path) in files
+              or path.name in names and filecmp.cmp(path, names[path.name], shallow=False)]
+    if shared:
+        raise ValueError(f"{source}: {len(shared):,} of the {len(val):,} val images are among the train images, the "
+                         f"first is {shared[0].stem}; take them out of the train images")
+
+
+def check_labels(images, split):
+    """Labels that are no labels are refused before hours of training: some 64 maps tell, or all if these are void."""
+    n, (_, first) = len(images), images.pairs[0]
+    for step in (math.ceil(n / 64), 1):
+        count = sum(np.bincount(images.numbers(i).ravel(), minlength=256) for i in range(0, n, step))
+        if (images.table[count > 0] != IGNORE).any():
+            break
+    else:
+        raise ValueError(f"{first}: void everywhere, like all {n:,} {split} labels; of pictures whose labels are kept "
+                         "back, or of another data set?")
+    if images.data == "cityscapes" and count[255] and not count[19:34].any():
+        raise ValueError(f"{first}: holds trainIds (0 to 18, and 255) under the name of labelIds, like other {split} "
+                         "labels; give gtFine as it is downloaded")
+
+
 def open_data(args, size):
-    """(train, val) data sets of (uint8 picture, uint8 label)."""
+    """(train, val, fingerprint): data sets of (uint8 picture, uint8 label)."""
     if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size)
+        return Scenes("train", size), Scenes("val", size), FINGERPRINT
     splits = []
     for split in ("train", "val"):
         names, cause = args.voc_list if split == "train" else None, f"no {split} pictures"
@@ -382,7 +423,10 @@ def open_data(args, size):
             sys.exit(f"{args.root}: {len(pairs):,} {split} images of {expected:,}; complete it, or give "
                      "--allow-partial")
         splits.append(Pictures(pairs, args))
-    return splits
+        check_labels(splits[-1], split)
+    check_apart(args.voc_list or args.root, *(images.pairs for images in splits))
+    pictures, masks = zip(*splits[0].pairs, *splits[1].pairs, strict=True)
+    return *splits, checkpoint.fingerprint(Path(args.root), pictures, masks)
 
 
 # ------------------------------------------------------------------------------------------- frozen features
@@ -420,7 +464,7 @@ def batches(model, train, blocks, args, device, start):
         return
     crops = Crops(train, args.crop, args.seed)
     for batch in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
-                            pin_memory=device.type == "cuda"):
+                            worker_init_fn=checkpoint.deaf_worker, pin_memory=device.type == "cuda"):
         x, y, sizes = (part.to(device, non_blocking=True) for part in batch)
         yield frozen(model, fill(x, sizes), blocks, args), y
 
@@ -436,7 +480,8 @@ def windows(height, width, crop, stride):
 def val_views(model, val, blocks, args, device):
     """(pictures (B, 3, h, w), labels (B, H, W), corners and size of their n windows, features of the B n windows)."""
     alike = 100 if args.data == "shapes" else 1                     # pictures of one size, which can go together
-    for images, labels in DataLoader(val, alike, num_workers=args.workers, pin_memory=device.type == "cuda"):
+    for images, labels in DataLoader(val, alike, num_workers=args.workers, worker_init_fn=checkpoint.deaf_worker,
+                                     pin_memory=device.type == "cuda"):
         x = vit.normalize(images.to(device, non_blocking=True))
         crop = args.crop or max(x.shape[2:])
         corners = windows(*x.shape[2:], crop, args.stride or crop)
@@ -487,41 +532,59 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
     blocks = sorted({head.block for head in heads})
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=WEIGHT_DECAY)
     (start, history), pictures = checkpoint.resume_heads(file, stamp, heads, optimizer), []
-    if start < args.iters and args.data == "shapes":                # not augmented: features are computed once
-        train = extract(model, train, blocks, args, device)
+    if args.save_images:                                            # a last evaluation that was saved has no pictures
+        history = [entry for entry in history if entry["iteration"] < args.iters]
+
+    def due(done):
+        return done and (done % args.eval_every == 0 or done == args.iters) and (
+            not history or history[-1]["iteration"] < done)
+
+    def save(done):
+        checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+                                               optimizer=optimizer.state_dict(), history=history))
+
+    if args.data == "shapes" and (start < args.iters or due(start)):
+        train = extract(model, train, blocks, args, device)         # not augmented: features are computed once
         val = list(val_views(model, val, blocks, args, device))
     stream, clock, total = batches(model, train, blocks, args, device, start), time.perf_counter(), 0
-    for t in range(start, args.iters):
-        optimizer.param_groups[0]["lr"] = learning_rate(t, args.iters)
-        features, labels = next(stream)
-        for head in heads:                                          # one at a time: full-size logits are large
-            loss = pixel_loss(head(features), labels)
-            loss.backward()
-            total = total + loss.detach() / len(heads)     # over the iterations since the last line
-        optimizer.step(); optimizer.zero_grad()
+    with checkpoint.noted_signals() as asked:
+        for done in range(start, args.iters + 1):
+            if done > start:
+                optimizer.param_groups[0]["lr"] = learning_rate(done - 1, args.iters)
+                features, labels = next(stream)
+                for head in heads:                                  # one at a time: full-size logits are large
+                    loss = pixel_loss(head(features), labels)
+                    loss.backward()
+                    total = total + loss.detach() / len(heads)      # over the iterations since the last line
+                optimizer.step(); optimizer.zero_grad()
 
-        done = t + 1
-        if done == args.iters or not (done % args.log_every and done % args.eval_every and done % args.save_every):
-            if not math.isfinite(total):
+            log = done > start and (done % args.log_every == 0 or done == args.iters)
+            evaluated = due(done)
+            if (log or asked or evaluated or done % args.save_every == 0) and not math.isfinite(total):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
                                  f"the features overflow with --amp {args.amp}, or the heads diverge")
-        if done % args.log_every == 0 or done == args.iters:
-            loss = total / (done - max(start, t // args.log_every * args.log_every))
-            left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-            print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
-                  f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
-            total = 0
-        evaluated = done % args.eval_every == 0 or done == args.iters
-        if evaluated:
-            views = val if args.data == "shapes" else val_views(model, val, blocks, args, device)
-            confusion, pictures = score(heads, views, args.save_images if done == args.iters else 0)
-            history.append(dict(iteration=done, iou=iou(confusion), constant=constant_miou(confusion[0])))
-            miou = history[-1]["iou"].nanmean(-1)
-            print(f"iteration {done:,}/{args.iters:,}  mIoU {miou.min():.2f}"
-                  + f" to {miou.max():.2f}, {len(heads)} heads" * (len(heads) > 1), flush=True)
-        if evaluated or done % args.save_every == 0:
-            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
-                                            optimizer=optimizer.state_dict(), history=history))
+            if log:
+                loss = total / (done - max(start, (done - 1) // args.log_every * args.log_every))
+                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
+                print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
+                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+                total = 0
+            if evaluated:
+                save(done)                                          # the evaluation may be cut
+                views = val if args.data == "shapes" else val_views(model, val, blocks, args, device)
+                confusion, pictures = score(heads, checkpoint.until_asked(asked, views),
+                                            args.save_images if done == args.iters else 0)
+                history.append(dict(iteration=done, iou=iou(confusion), constant=constant_miou(confusion[0])))
+                miou = history[-1]["iou"].nanmean(-1)
+                print(f"iteration {done:,}/{args.iters:,}  mIoU {miou.min():.2f}"
+                      + f" to {miou.max():.2f}, {len(heads)} heads" * (len(heads) > 1), flush=True)
+            if evaluated or done > start and done % args.save_every == 0:
+                save(done)
+            if asked:                                               # perhaps only since the line above
+                save(done)
+                print(f"stopped by signal {asked[0]} after iteration {done:,}, saved; run the same command again to "
+                      "go on")
+                sys.exit(128 + asked[0])
     return history, pictures
 
 
@@ -584,12 +647,6 @@ def show(values):
     return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") + " %"
 
 
-def write_result(out, result):
-    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
-    print(line, flush=True)
-
-
 def head_metrics(ious):
     """Result of the heads that differ in the seed alone, of their IoU (E, S, C): each seed's best evaluation counts."""
     miou = ious.nanmean(-1)                                         # (E, S)
@@ -641,12 +698,13 @@ def report(path, metrics, names, args):
           + f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
 
 
-def describe(args, config, train, val, block, concat_cls):
+def describe(args, config, train, val, fingerprint, block, concat_cls):
     """Every value that decides the headline. The other heads are not among them: each trains for itself."""
     long = args.short_side and args.short_side * LONG_SIDE[args.data]
     return dict(
-        probe="seg", data=args.data, train=len(train), val=len(val), classes=len(NAMES[args.data]),
-        partial=args.allow_partial, train_list=args.voc_list or "train", feature="patches, final norm", block=block,
+        probe="seg", data=args.data, fingerprint=fingerprint, train=len(train), val=len(val),
+        classes=len(NAMES[args.data]), partial=args.allow_partial,
+        train_list=os.path.basename(args.voc_list or "train"), feature="patches, final norm", block=block,
         concat_cls=concat_cls, crop=args.crop or config.image_size, stride=args.stride, short_side=args.short_side,
         long_side=None if long == math.inf else long, iters=args.iters, batch_size=args.batch_size, seeds=args.seeds,
         head="BatchNorm, 1x1 convolution", optimizer="AdamW 0.9 0.999", lr=RATE, weight_decay=WEIGHT_DECAY,
@@ -657,27 +715,42 @@ def describe(args, config, train, val, block, concat_cls):
     )
 
 
+def check_batch(args, config):
+    crop = args.crop or config.image_size
+    if crop <= config.patch_size and args.batch_size == 1:
+        raise ValueError(f"--crop {crop} --batch-size 1: one patch of {config.patch_size} pixels, and BatchNorm needs "
+                         "two; raise either")
+
+
 def evaluate(path, args, device, opened):
     """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
     start = time.perf_counter()
-    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     config = model.config
+    check_batch(args, config)
     blocks = sorted({model.index(block) for block in args.blocks or range(config.depth)})
     concats = {"no": [False], "yes": [True], "both": [False, True]}[args.concat_cls]
     kinds = [(block, concat) for block in reversed(blocks) for concat in concats]   # the first one is the headline
-    if config.image_size not in opened:
-        opened[config.image_size] = open_data(args, config.image_size)
-    train, val = opened[config.image_size]
+    size = config.image_size if args.data == "shapes" else None
+    if size not in opened:
+        opened[size] = open_data(args, size)
+    train, val, fingerprint = opened[size]
     names = NAMES[args.data]
-    default = (f"runs/random/seg.{args.data}.s{args.seed}.json" if path == "random" else
-               f"{path.removesuffix('.pt')}.seg.{args.data}.json")
-    out = Path(args.out or default)
-    protocol = describe(args, config, train, val, *kinds[0])
+    protocol = describe(args, config, train, val, fingerprint, *kinds[0])
+    result = dict(probe="seg", data=args.data, root=args.root, **facts, config=dataclasses.asdict(config),
+                  seed=args.seed, metrics=None, protocol=protocol)
+    default = checkpoint.result_path(path, "seg", args.data, config, args.seed)
+    out, finished = checkpoint.claim(args.out, default, result)
+    there = {(head["block"], head["concat_cls"]) for head in finished["metrics"]["heads"]} if finished else set()
+    if there >= set(kinds) and finished["config"] == result["config"]:
+        if args.save_images:
+            print(f"{out}: no pictures drawn, nothing is evaluated again; remove it to draw them")
+        checkpoint.say_finished(out, finished)
+        return
     stamp = dict(protocol, heads=kinds, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
                  config=dataclasses.asdict(config))
     heads = nn.ModuleList(Head(block, concat, seed, config.dim, len(names)) for block, concat in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)
-    checkpoint.room_for(out)
     history, pictures = train_heads(model, train, val, heads, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = summarize(history, kinds, args)
@@ -685,10 +758,7 @@ def evaluate(path, args, device, opened):
     print(f"{time.perf_counter() - start:.0f} s")
     if pictures:
         draw_images(out.with_suffix(".png"), pictures)
-    elif args.save_images:
-        print(f"{out.with_suffix('.head.pt')}: finished before, no pictures drawn; remove it to evaluate again")
-    facts.update(config=dataclasses.asdict(config), seed=args.seed)
-    write_result(out, dict(probe="seg", data=args.data, **facts, metrics=metrics, protocol=protocol))
+    checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
 def main(argv=None):

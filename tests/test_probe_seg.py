@@ -3,7 +3,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,7 @@ import vit
 from probe_seg import IGNORE, Head, fit, learning_rate, predict, windows
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
-DEVICE = torch.device("cpu")
+KEYS = set("probe data root weights weights_sha256 which config epochs seed metrics protocol".split())
 CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
               27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
@@ -110,7 +113,7 @@ def draw_cityscapes(root, train=4, val=3):
         for i in range(n):
             city = ("ulm", "aachen")[i % 2]
             stem = f"{city}_{i:06d}_000019"
-            picture(root / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", (48, 24), i)
+            picture(root / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", (48, 24), i + 10 * (split == "val"))
             mask(root / f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png", blocks_of(range(34), (48, 24), i))
             mask(root / f"gtFine/{split}/{city}/{stem}_gtFine_color.png", blocks_of([200], (48, 24), i))
     return root
@@ -122,7 +125,7 @@ SMALL = "--crop 32 --short-side 40 --iters 4 --batch-size 2 --eval-every 2 --wor
 
 def opened(data, root, *flags):
     args = probe_seg.parse_args(["--weights", "random", "--data", data, "--root", str(root), *SMALL, *flags])
-    return probe_seg.open_data(args, 32)
+    return probe_seg.open_data(args, 32)[:2]
 
 
 def result(capsys, file):
@@ -165,7 +168,8 @@ def test_cityscapes_ids_become_train_ids_and_all_others_are_ignored(tmp_path):
     for i, drawn_as in enumerate((1, 0, 2)):
         ids = blocks_of(range(34), (48, 24), drawn_as)
         assert val.read(i)[1].tolist() == [[CITYSCAPES.get(k, 255) for k in row] for row in ids.tolist()]
-    assert probe_seg.label_table("cityscapes").tolist() == [CITYSCAPES.get(k, 255) for k in range(256)]
+    table = probe_seg.label_table("cityscapes").tolist()
+    assert [table[k] for k in [*range(34), 255]] == [CITYSCAPES.get(k, 255) for k in [*range(34), 255]]
 
 
 def test_voc_list_takes_the_augmented_mask_before_the_original(tmp_path):
@@ -323,7 +327,8 @@ def test_a_crop_is_the_resized_flipped_picture_with_its_label_and_the_rest_is_fi
 
 
 def test_a_crop_larger_than_the_picture_holds_all_of_it(tmp_path, monkeypatch):
-    """0.5 to 2 times the short side of 40; label from the pixel under each centre, picture from four; or mirrored."""
+    """0.5 to 2 times the short side of 40, in whole pixels; picture from four neighbours, label from the one that
+    OpenCV's nearest takes, which is not the one under the centre; or mirrored."""
     monkeypatch.setattr(probe_seg, "distort", lambda rgb, rng: rgb)
     train, _ = opened("voc", draw_voc(tmp_path))
     crops, mirrored, ratios = probe_seg.Crops(train, 200, seed=0), [], []
@@ -331,7 +336,8 @@ def test_a_crop_larger_than_the_picture_holds_all_of_it(tmp_path, monkeypatch):
         image, label, size = crops[epoch, 0]
         (h, w), (H, W) = size.tolist(), SIZES[0][::-1]
         source, ids = train.read(0)
-        rows, columns = [int((i + 0.5) * H / h) for i in range(h)], [int((j + 0.5) * W / w) for j in range(w)]
+        assert h == int(40 * np.random.default_rng((1, 0, epoch, 0)).uniform(0.5, 2))       # of mmcv, which truncates
+        rows, columns = [int(i * np.float32(H / h)) for i in range(h)], [int(j * np.float32(W / w)) for j in range(w)]
         expected = ids[rows][:, columns]
         view, classes = image[:, :h, :w], label[:h, :w]
         mirrored.append(not torch.equal(classes, expected))
@@ -598,6 +604,12 @@ def miou_of_head_by_hand(model, state, pairs, table, classes, short, long, crop,
     return miou_by_hand(labels, guesses, classes)
 
 
+def constant_by_hand(labels):
+    """mIoU of the most frequent label everywhere: its share for that class, 0 for the others."""
+    counts = np.bincount(torch.cat([label.flatten() for label in labels]).numpy(), minlength=256)[:IGNORE]
+    return 100 * counts.max() / counts.sum() / (counts > 0).sum()
+
+
 TABLES = {"voc": lambda k: k, "ade20k": lambda k: 255 if k == 0 else k - 1,
           "cityscapes": lambda k: CITYSCAPES.get(k, 255)}
 LONG = {"voc": 160, "ade20k": math.inf, "cityscapes": 80}
@@ -614,7 +626,9 @@ def test_end_to_end(tmp_path, checkpoint, capsys, data, classes, which):
     assert r["metrics"]["miou_last"] == pytest.approx(float(np.nanmean(ious)), abs=0.1)
     assert r["metrics"]["miou"] == max(entry["iou"].nanmean().item() for entry in saved["history"])
     assert [entry["iteration"] for entry in saved["history"]] == [2, 4]
+    assert r["metrics"]["miou_constant"] == pytest.approx(constant_by_hand(val.read(i)[1] for i in range(3)))
     assert set(r) == KEYS and (r["probe"], r["data"], r["which"], r["epochs"]) == ("seg", data, which, 3)
+    assert r["root"] == str(tmp_path / data)
     assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     assert r["config"] == dataclasses.asdict(CONFIG) and len(r["metrics"]["iou"]) == classes
     p = r["protocol"]
@@ -647,6 +661,7 @@ def test_shapes_end_to_end(few_scenes, tmp_path, checkpoint, capsys):
         labels.append(scene["mask"])
         guesses.append(F.interpolate(y, (32, 32), mode="bilinear")[0].argmax(0))
     assert r["metrics"]["miou_last"] == pytest.approx(float(np.nanmean(miou_by_hand(labels, guesses, 11))), abs=0.01)
+    assert r["metrics"]["miou_constant"] == pytest.approx(constant_by_hand(labels))
     assert (r["protocol"]["classes"], r["protocol"]["crop"], r["protocol"]["train"]) == (11, 32, 40)
 
 
@@ -677,8 +692,126 @@ def test_training_equals_a_plain_loop(few_scenes, tmp_path, checkpoint, capsys):
         "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False}
 
 
+PAPER = dict(crop=512, stride=341, iters=40_000, batch_size=16, lr=1e-3, weight_decay=1e-4, warmup=1_500,
+             eval_every=5_000, optimizer="AdamW 0.9 0.999", ignore=255, label_resolution="original", seeds=1,
+             partial=False, train_list="train", block=1, concat_cls=False)
+PROTOCOL = {                                                        # section 6 of the method's description
+    "voc": dict(PAPER, short_side=512, long_side=2048, classes=21, train=1_464, val=1_449),
+    "ade20k": dict(PAPER, short_side=512, long_side=None, classes=150, train=20_210, val=2_000),
+    "cityscapes": dict(PAPER, short_side=1024, long_side=2048, classes=19, train=2_975, val=500),
+    "shapes": dict(PAPER, short_side=None, long_side=None, stride=None, crop=32, classes=11, train=2_000, val=1_000,
+                   iters=1_000, eval_every=125, warmup=38, fingerprint=shapes.FINGERPRINT),
+}
+
+
+@pytest.mark.parametrize("data", PROTOCOL)
+def test_the_defaults_are_the_protocol(tmp_path, checkpoint, monkeypatch, data):
+    class Full(list):
+        """As many pictures as the data set has."""
+        def read(self, i):
+            return None, torch.zeros(2, 2, dtype=torch.uint8)
+
+    def claim(out, default, result):
+        p = result["protocol"]
+        assert {name: p[name] for name in PROTOCOL[data]} == PROTOCOL[data]
+        assert (out, default, result["data"]) == (None, str(tmp_path / f"tiny.seg.{data}.json"), data)
+        raise ValueError("seen")
+
+    if data != "shapes":
+        counts = {split: PROTOCOL[data][split] for split in ("train", "val")}
+        assert probe_seg.EXPECTED[data] == counts
+        monkeypatch.setattr(probe_seg, "open_data", lambda args, size: (*(Full([0] * n) for n in counts.values()), "f"))
+    monkeypatch.setattr(disk, "claim", claim)
+    with pytest.raises(SystemExit, match="seen"):
+        probe_seg.main(["--weights", checkpoint, "--data", data] + ["--root", "."] * (data != "shapes"))
+
+
+@pytest.mark.parametrize("data, flags, n, crop, views", [
+    ("voc", "", 16, 512, 2), ("ade20k", "", 16, 512, 2), ("cityscapes", "", 16, 512, 3 * 6), ("shapes", "", 16, 32, 20),
+    ("voc", "--batch-size 3 --crop 96 --short-side 128", 3, 96, 2 * 2), ("shapes", "--batch-size 3", 3, 32, 20)])
+def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint, monkeypatch, data, flags, n, crop,
+                                               views):
+    """Batches of 16 crops of 512 px, windows of 512 px; by their shapes, with features that cost nothing."""
+    frozen, labelled = [], []
+
+    def features(model, images, blocks, args):
+        frozen.append((len(images), *images.shape[2:]))
+        return {1: (images[:, :1, 0, 0].repeat(1, 24), images[:, :1, ::64, ::64].repeat(1, 24, 1, 1))}
+
+    def loss(logits, labels):
+        labelled.append(tuple(labels.shape))
+        return logits.mean()
+
+    monkeypatch.setattr(probe_seg, "frozen", features)
+    monkeypatch.setattr(probe_seg, "pixel_loss", loss)
+    where = []
+    if data != "shapes":
+        where = ["--root", str(DRAW[data](tmp_path / data, 2, 1)), "--allow-partial", "--workers", "0"]
+    probe_seg.main(["--weights", checkpoint, "--data", data, *where, "--iters", "1", *flags.split()])
+    assert labelled == [(n, crop, crop)]
+    assert frozen == [(40 if data == "shapes" else n, crop, crop), (views, crop, crop)]         # all scenes at once
+
+
+def test_every_epoch_has_its_own_order_and_crops(tmp_path, checkpoint, capsys, monkeypatch):
+    """Four pictures, batches of four; every picture has one class, which tells it in the batch."""
+    root, seen, orders = draw_voc(tmp_path / "voc"), [], []
+    for i, size in enumerate(SIZES):
+        mask(voc(root, f"SegmentationClass/2007_train{i}.png"), np.full(size[::-1], i, np.uint8), palette=True)
+    frozen, loss = probe_seg.frozen, probe_seg.pixel_loss
+
+    def watched(model, images, blocks, args):
+        seen.append(images)
+        return frozen(model, images, blocks, args)
+
+    def order(logits, labels):
+        orders.append([int(label[label != IGNORE].unique()) for label in labels])
+        return loss(logits, labels)
+
+    monkeypatch.setattr(probe_seg, "frozen", watched)
+    monkeypatch.setattr(probe_seg, "pixel_loss", order)
+    run(capsys, tmp_path, checkpoint, "voc", "--batch-size", "4", "--iters", "6", "--eval-every", "6")
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in orders) and len({tuple(epoch) for epoch in orders}) > 2
+    crops = [images[epoch.index(0)] for images, epoch in zip(seen, orders, strict=False)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+
+
+def test_log_lines_give_the_mean_since_the_last_and_the_time_left(few_scenes, checkpoint, capsys, monkeypatch):
+    """The loss of iteration n is n and takes two seconds; 1 to 10 are 5.5 in the mean; also of heads side by side."""
+    clock = {"now": 0.0, "calls": 0}
+
+    def loss(logits, labels):
+        clock["now"] += 1
+        clock["calls"] += 1
+        return logits.sum() * 0 + (clock["calls"] + 1) // 2         # two heads
+
+    monkeypatch.setattr(probe_seg, "pixel_loss", loss)
+    monkeypatch.setattr(probe_seg.time, "perf_counter", lambda: clock["now"])
+    flags = "--log-every 10 --save-every 13 --iters 25 --eval-every 25 --seeds 2".split()
+
+    def lines():
+        return re.findall(r"iteration (\d+)/25  loss (\S+)  eta (\S+)", capsys.readouterr().out)
+
+    where = ["--weights", checkpoint, "--batch-size", "2", *flags]
+    probe_seg.main(where)
+    assert lines() == [("10", "5.5000", "0:00:30"), ("20", "15.5000", "0:00:10"), ("25", "23.0000", "0:00:00")]
+    clock["calls"] = 0
+    write = disk.write_checkpoint
+
+    def killed(path, content):
+        write(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk, "write_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        probe_seg.main([*where, "--out", "b.json"])
+    monkeypatch.setattr(disk, "write_checkpoint", write)
+    lines()
+    probe_seg.main([*where, "--out", "b.json"])                     # from 13 on
+    assert lines() == [("20", "17.0000", "0:00:10"), ("25", "23.0000", "0:00:00")]
+
+
 def test_shapes_default_to_two_thousand_and_one_thousand():
-    train, val = probe_seg.open_data(probe_seg.parse_args(["--weights", "random"]), 32)
+    train, val, _ = probe_seg.open_data(probe_seg.parse_args(["--weights", "random"]), 32)
     assert (len(train), len(val)) == (2000, 1000)
 
 
@@ -686,10 +819,12 @@ def test_shapes_default_to_two_thousand_and_one_thousand():
 def test_a_head_does_not_depend_on_the_heads_beside_it(few_scenes, tmp_path, checkpoint, capsys, data):
     r, together = run(capsys, tmp_path, checkpoint, data, "--blocks", "all", "--concat-cls", "both", "--seeds", "2")
     order = [(1, False), (1, True), (0, False), (0, True)]          # the headline comes first in the file
+    assert r["metrics"]["miou_seeds"] == [max(entry["iou"][k].nanmean().item() for entry in together["history"])
+                                          for k in (0, 1)]
     assert [(h["block"], h["concat_cls"]) for h in r["metrics"]["heads"]] == sorted(order)
     for kind, concat in ((1, False), (1, True), (0, True)):
         alone_r, alone = run(capsys, tmp_path, checkpoint, data, "--blocks", str(kind), "--concat-cls",
-                             "yes" if concat else "no", out="alone")
+                             "yes" if concat else "no", out=f"alone{kind}{concat}")
         k = 2 * order.index((kind, concat))
         state = {name.removeprefix(f"{k}."): value for name, value in together["heads"].items()
                  if name.startswith(f"{k}.")}
@@ -742,11 +877,116 @@ def test_resume_is_bit_equal(few_scenes, tmp_path, checkpoint, capsys, monkeypat
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "parts.png").read_bytes()
 
 
+@pytest.mark.parametrize("data, workers", [("voc", 0), ("voc", 1), ("shapes", 0)])
+@pytest.mark.parametrize("number, where", [(signal.SIGTERM, "pixel_loss"), (signal.SIGINT, "predict")])
+def test_a_signal_saves_and_the_same_command_goes_on(few_scenes, tmp_path, checkpoint, capsys, monkeypatch, data,
+                                                     workers, number, where):
+    """In iteration 8, or within the last evaluation; loader processes get the signal, too, as from a terminal."""
+    flags = ["--save-images", "1", "--workers", str(workers), "--iters", "12", "--eval-every", "6"]
+    whole = run(capsys, tmp_path, checkpoint, data, *flags)
+    work, calls = getattr(probe_seg, where), []
+
+    def signalled(*inputs):
+        calls.append(number)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+        if len(calls) == (8 if where == "pixel_loss" else 4 if data == "voc" else 2):       # three val pictures
+            os.kill(os.getpid(), number)
+        return work(*inputs)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(probe_seg, where, signalled)
+        with pytest.raises(SystemExit) as stop:
+            run(capsys, tmp_path, checkpoint, data, *flags, out="parts")
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    saved = torch.load(tmp_path / "parts.head.pt", weights_only=True)
+    assert saved["iteration"] == (8 if where == "pixel_loss" else 12)
+    evaluated = [6, 12] if (where, data) == ("predict", "shapes") else [6]      # the scenes are one batch
+    assert [entry["iteration"] for entry in saved["history"]] == evaluated and not (tmp_path / "parts.json").exists()
+    if (where, data) != ("predict", "voc"):
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            f"stopped by signal {int(number)} after iteration {saved['iteration']}, saved; run the same command again "
+            "to go on")
+    assert same(whole, run(capsys, tmp_path, checkpoint, data, *flags, out="parts"))
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "parts.png").read_bytes()
+
+
+def relabel(root, split):
+    mask(voc(root, f"SegmentationClass/2007_{split}0.png"), blocks_of([3, 20], SIZES[0], 9), palette=True)
+
+
+def repaint(root, split):
+    picture(voc(root, f"JPEGImages/2007_{split}0.jpg"), SIZES[0], 99)
+
+
+@pytest.mark.parametrize("change", [relabel, repaint])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_data_of_the_same_names_and_counts_is_measured_anew(tmp_path, checkpoint, capsys, change, split):
+    """Heads and result of the old data are neither read nor overwritten."""
+    where = ["--weights", checkpoint, "--data", "voc", "--root", str(draw_voc(tmp_path / "voc")), *SMALL]
+    probe_seg.main(where)
+    old = result(capsys, tmp_path / "tiny.seg.voc.json")
+    change(tmp_path / "voc", split)
+    status, line = exits(capsys, *where, "--out", "tiny.seg.voc.json")
+    assert status == 1 and re.search("tiny.seg.voc.json: .*fingerprint.*another --out", line)
+    probe_seg.main(where)
+    (new,) = set(tmp_path.glob("tiny.seg.voc.*.json"))
+    new = result(capsys, new)
+    assert json.loads((tmp_path / "tiny.seg.voc.json").read_text()) == old
+    fresh, heads = run(capsys, tmp_path, checkpoint, "voc", out="fresh")
+    assert new == fresh and new["metrics"] != old["metrics"]
+    torch.save(heads | {"iteration": 2}, tmp_path / "fresh.head.pt")
+    (tmp_path / "fresh.json").unlink()
+    change(tmp_path / "voc", {"train": "val", "val": "train"}[split])
+    status, line = exits(capsys, *where, "--out", "fresh.json")
+    assert status == 1 and re.match("fresh.head.pt: holds unfinished heads with fingerprint", line)
+
+
+@pytest.mark.parametrize("flags", ["--seed 1", "--which student", "--weights other.pt", "--blocks 0"])
+def test_finished_heads_of_another_question_are_trained_again(few_scenes, tmp_path, checkpoint, capsys, flags):
+    save(tmp_path / "other.pt", seed=8)
+    fresh = run(capsys, tmp_path, checkpoint, "shapes", *flags.split(), out="fresh")
+    run(capsys, tmp_path, checkpoint, "shapes")
+    (tmp_path / "out.json").unlink()
+    assert same(fresh, run(capsys, tmp_path, checkpoint, "shapes", *flags.split()))
+
+
+def test_results_of_other_blocks_do_not_meet(few_scenes, tmp_path, checkpoint, capsys):
+    def probe(*flags):
+        probe_seg.main(["--weights", checkpoint, *"--iters 4 --batch-size 2 --eval-every 2".split(), *flags])
+        out = capsys.readouterr().out.splitlines()
+        return json.loads(out[-1]), out[-2].startswith("finished before: result read from ")
+
+    last, first = probe()[0], probe("--blocks", "0")[0]
+    assert (last["protocol"]["block"], first["protocol"]["block"]) == (1, 0)
+    files = sorted(tmp_path.glob("tiny.seg.shapes*.json"), key=lambda file: len(file.name))
+    assert [json.loads(file.read_text()) for file in files] == [last, first]
+    assert probe() == (last, True) and probe("--blocks", "0") == (first, True)
+    both, read = probe("--blocks", "all")                           # its headline is the last block's
+    assert not read and [head["block"] for head in both["metrics"]["heads"]] == [0, 1]
+    assert both["metrics"]["miou"] == last["metrics"]["miou"]
+    assert probe("--blocks", "-1") == (both, True)                  # all of it, and more
+
+
+def test_pictures_of_a_finished_probe(few_scenes, tmp_path, checkpoint, capsys):
+    first = run(capsys, tmp_path, checkpoint, "shapes", "--save-images", "2")
+    sheet = (tmp_path / "out.png").read_bytes()
+    (tmp_path / "out.png").unlink()
+    probe_seg.main(["--weights", checkpoint, *"--iters 4 --batch-size 2 --eval-every 2 --out out.json".split(),
+                    "--save-images", "2"])
+    assert "out.json: no pictures drawn, nothing is evaluated again; remove it to draw them" in capsys.readouterr().out
+    (tmp_path / "out.json").unlink()
+    assert same(first, run(capsys, tmp_path, checkpoint, "shapes", "--save-images", "2"))
+    assert (tmp_path / "out.png").read_bytes() == sheet
+
+
 def test_a_finished_probe_is_neither_trained_nor_evaluated_again(few_scenes, tmp_path, checkpoint, capsys, monkeypatch):
     first = run(capsys, tmp_path, checkpoint, "shapes")
     with monkeypatch.context() as patch:
         patch.delattr(probe_seg, "frozen")
         assert same(first, run(capsys, tmp_path, checkpoint, "shapes"))
+    (tmp_path / "out.json").unlink()
     other, _ = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "6")
     assert other["protocol"]["iters"] == 6                          # finished heads of other settings make way
 
@@ -754,6 +994,7 @@ def test_a_finished_probe_is_neither_trained_nor_evaluated_again(few_scenes, tmp
 def test_unfinished_heads_of_other_settings_are_refused(few_scenes, tmp_path, checkpoint, capsys):
     _, saved = run(capsys, tmp_path, checkpoint, "shapes")
     torch.save(saved | {"iteration": 2}, tmp_path / "out.head.pt")
+    (tmp_path / "out.json").unlink()
     status, line = exits(capsys, "--weights", checkpoint, "--iters", "4", "--batch-size", "3", "--eval-every", "2",
                          "--out", "out.json")
     assert status == 1 and re.fullmatch("out.head.pt: holds unfinished heads with batch_size 2, now 3; .*", line)
@@ -781,9 +1022,35 @@ def test_saved_pictures_show_input_label_and_prediction(tmp_path, checkpoint, ca
         assert [tile[y, x].tolist() for y in (50, 200) for x in (50, 200)] == view.reshape(4, 3).tolist()
 
 
+def test_saved_pictures_are_the_first_of_val(tmp_path, checkpoint, capsys):
+    root, grey = draw_voc(tmp_path / "voc"), {"train": 200, "val": 50}
+    for split in grey:
+        for i in range(3):
+            Image.new("RGB", SIZES[i], (grey[split] + 20 * i,) * 3).save(voc(root, f"JPEGImages/2007_{split}{i}.jpg"))
+            ids = np.full(SIZES[i][::-1], i + 5 * (split == "val"), np.uint8)
+            mask(voc(root, f"SegmentationClass/2007_{split}{i}.png"), ids, palette=True)
+    run(capsys, tmp_path, checkpoint, "voc", "--save-images", "2")
+    sheet, palette = np.asarray(Image.open(tmp_path / "out.png")).astype(int), probe_seg.colours()
+    heights = [round(256 * 40 / 50) + 4, round(256 * 40 / 66) + 4]  # of pictures at a short side of 40
+    assert sheet.shape == (sum(heights), 3 * 260, 3)
+    for i, row in enumerate((heights[0] // 2, heights[0] + heights[1] // 2)):
+        assert np.abs(sheet[row, 130] - (50 + 20 * i)).max() <= 2   # a JPEG
+        assert sheet[row, 390].tolist() == palette[5 + i].tolist()
+
+
+def test_heads_of_a_file_that_does_not_say(few_scenes, tmp_path, checkpoint, capsys):
+    config = dataclasses.replace(CONFIG, dim=64, heads=2, attn="softmax", registers=0)
+    torch.save(vit.VisionTransformer(config).state_dict(), tmp_path / "bare.pt")
+    for flags, heads in (([], 1), (["--heads", "2"], 2)):
+        r, _ = run(capsys, tmp_path, str(tmp_path / "bare.pt"), "shapes", *flags, out=f"heads{heads}")
+        assert r["config"]["heads"] == heads
+        probe_seg.main(["--weights", "bare.pt", "--iters", "1", *flags])        # the second finds the first's result
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["config"]["heads"] == heads
+
+
 def test_random_takes_the_architecture_and_the_seed(few_scenes, tmp_path, checkpoint, capsys):
     probe_seg.main(["--weights", "random", "--like", checkpoint, "--seed", "4", "--iters", "1", "--workers", "0"])
-    r = result(capsys, tmp_path / "runs/random/seg.shapes.s4.json")
+    r = result(capsys, tmp_path / "runs/random/seg.shapes.entmax15_r2.s4.json")
     assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
     assert (r["weights"], r["weights_sha256"], r["which"], r["epochs"]) == ("random", None, None, 0)
 
@@ -816,6 +1083,8 @@ def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, ca
     ("--weights random --data voc --root . --stride 0", "--stride 0"),
     ("--weights random --data voc --root . --stride 400 --crop 300", "--stride 400"),
     ("--weights random --seed -1", "--seed -1"),
+    ("--weights random --heads 0", "--heads 0: must be at least 1"),
+    ("--weights random --data voc --root . --short-side 1", "--short-side 1: must be at least 2"),
     ("", "required: --weights"),
 ])
 def test_usage_errors(capsys, flags, message):
@@ -868,6 +1137,23 @@ def ade_above(root):
     mask(root / "ADEChallengeData2016/annotations/training/ADE_train_00000000.png", np.full((40, 50), 151, np.uint8))
 
 
+def void(root, split, data):
+    names = {"voc": f"SegmentationClass/2007_{split}*", "cityscapes": f"{split}/*/*labelIds.png",
+             "ade20k": "training/*" if split == "train" else "validation/*"}
+    for path in root.rglob(names[data]):
+        image = np.asarray(Image.open(path))
+        mask(path, np.full_like(image, {"voc": 255, "ade20k": 0, "cityscapes": 3}[data]), palette=data == "voc")
+
+
+def never_there(root):
+    mask(root / "gtFine/train/ulm/ulm_000002_000019_gtFine_labelIds.png", blocks_of([7, 34], (48, 24), 0))
+
+
+def train_ids(root):
+    for path in root.rglob("*labelIds.png"):
+        mask(path, np.array([CITYSCAPES.get(k, 255) for k in range(34)], np.uint8)[np.asarray(Image.open(path))])
+
+
 def no_labels(root):
     for path in (root / "gtFine").rglob("*labelIds.png"):
         path.unlink()
@@ -884,7 +1170,9 @@ def no_labels(root):
     ("voc", cut_short, "JPEGImages/2007_val2.jpg: unreadable"),
     ("ade20k", no_mask, "ADE_val_00000001.jpg: its label .*validation/ADE_val_00000001.png is missing"),
     ("ade20k", ade_above, "ADE_train_00000000.png: holds label 151; ade20k has 150 classes"),
-    ("ade20k", wrong_place, "no train pictures.*must hold ADEChallengeData2016/.*holds .'VOC'."),
+    ("ade20k", wrong_place, "images/training: No such file.*must hold ADEChallengeData2016/.*holds .'VOC'."),
+    ("cityscapes", never_there, "train/ulm/ulm_000002_000019_gtFine_labelIds.png: holds label 34; cityscapes has 19"),
+    ("cityscapes", train_ids, "train/aachen/aachen_000001_.*Ids.png: holds trainIds .* under the name of labelIds"),
     ("cityscapes", no_labels, "leftImg8bit.png: its label .*_gtFine_labelIds.png is missing"),
 ])
 def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, data, break_it, message):
@@ -897,6 +1185,115 @@ def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, data, break_it, 
         assert status == 1 and "\n" not in line
         assert re.search(message, line), line
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("data", DRAW)
+@pytest.mark.parametrize("split, n", [("train", 4), ("val", 3)])
+def test_labels_void_everywhere_are_refused_before_training(tmp_path, capsys, checkpoint, monkeypatch, data, split, n):
+    root = DRAW[data](tmp_path / "root")
+    void(root, split, data)
+    monkeypatch.delattr(probe_seg, "frozen")
+    status, line = exits(capsys, "--weights", checkpoint, "--data", data, "--root", root, *SMALL)
+    assert status == 1 and re.match(rf".*/root/\S*png: void everywhere, like all {n} {split} labels", line), line
+
+
+def test_few_labelled_maps_among_many_are_enough(tmp_path):
+    root = draw_ade20k(tmp_path, train=1)
+    for i in range(150):
+        picture(root / f"ADEChallengeData2016/images/training/ADE_train_{i:08d}.jpg", (8, 8), i)
+        mask(root / f"ADEChallengeData2016/annotations/training/ADE_train_{i:08d}.png",
+             np.full((8, 8), 5 * (i == 148), np.uint8))
+    train, _ = opened("ade20k", tmp_path)
+    assert len(train) == 150
+
+
+def leak(root):
+    path = voc(root, "ImageSets/Segmentation/train.txt")
+    path.write_text(f"{path.read_text()}\n2007_val2\n2007_val1\n")
+
+
+def same_list(root):
+    folder = voc(root, "ImageSets/Segmentation")
+    shutil.copy(folder / "val.txt", folder / "train.txt")
+
+
+def linked_folder(root):
+    images = root / "ADEChallengeData2016/images"
+    shutil.rmtree(images / "training")
+    (images / "training").symlink_to("validation")
+    for path in (root / "ADEChallengeData2016/annotations/validation").iterdir():
+        shutil.copy(path, root / "ADEChallengeData2016/annotations/training")
+
+
+def linked_under_another_name(root):
+    images = root / "ADEChallengeData2016/images"
+    (images / "training/ADE_train_00000002.jpg").unlink()
+    (images / "training/ADE_train_00000002.jpg").symlink_to(images / "validation/ADE_val_00000001.jpg")
+
+
+def copied(root):
+    for top in ("leftImg8bit", "gtFine"):
+        shutil.copytree(root / top / "val/ulm", root / top / "train/ulm", dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("data, break_it, message", [
+    ("voc", leak, "2 of the 3 val images are among the train images, the first is 2007_val1"),
+    ("voc", same_list, "3 of the 3 val images .* 2007_val0"),
+    ("ade20k", linked_folder, "3 of the 3 val images .* ADE_val_00000000"),
+    ("ade20k", linked_under_another_name, "1 of the 3 val images .* ADE_val_00000001"),
+    ("cityscapes", copied, "2 of the 3 val images .* ulm_000000_000019"),
+])
+def test_training_on_val_is_refused(tmp_path, capsys, checkpoint, data, break_it, message):
+    root = DRAW[data](tmp_path / "root")
+    break_it(root)
+    status, line = exits(capsys, "--weights", checkpoint, "--data", data, "--root", root, *SMALL)
+    assert status == 1 and re.match(f"{root}: {message}", line), line
+
+
+def test_a_train_list_with_val_names_is_refused(tmp_path, capsys, checkpoint):
+    root = draw_voc(tmp_path / "root")
+    (tmp_path / "aug.txt").write_text("2007_train0\n2007_val1\n2007_train1\n")
+    where = ["--data", "voc", "--root", root, *SMALL, "--voc-list", "aug.txt"]
+    status, line = exits(capsys, "--weights", checkpoint, *where)
+    assert status == 1 and line.startswith("aug.txt: 1 of the 3 val images are among the train images, the first is "
+                                           "2007_val1")
+
+
+@pytest.mark.parametrize("form", [
+    "\ufeff{0}\n{1}\n", "{0}\r\n\r\n{1}\r\n", "  {0} \n\n{1}", "{0}.jpg\n{1}.jpg\n", "{0} {0}\n{1} {1}\n",
+    "/JPEGImages/{0}.jpg /SegmentationClass/{0}.png\nJPEGImages/{1}.jpg SegmentationClassAug/{1}.png\n"])
+def test_lists_as_people_have_them(tmp_path, form):
+    names = "2007_train2", "2007_train1"
+    (tmp_path / "list.txt").write_bytes(form.format(*names).encode())
+    train, _ = opened("voc", draw_voc(tmp_path), "--voc-list", "list.txt")
+    assert [pair[0].stem for pair in train.pairs] == list(names)
+
+
+def test_a_list_of_another_form_is_refused_with_the_form(tmp_path, capsys, checkpoint):
+    (tmp_path / "dog_train.txt").write_text("2007_train0  1\n2007_train1 -1\n")       # of ImageSets/Main
+    where = ["--data", "voc", "--root", draw_voc(tmp_path / "root"), *SMALL, "--voc-list", "dog_train.txt"]
+    status, line = exits(capsys, "--weights", checkpoint, *where)
+    assert status == 1 and re.match("dog_train.txt: line 1: 2007_train0  1: not the name of one image, as 2007_", line)
+
+
+def test_files_that_are_no_data_are_passed_over_and_those_that_are_are_not(tmp_path):
+    root = draw_ade20k(tmp_path)
+    images = root / "ADEChallengeData2016/images/training"
+    (images / "._ADE_train_00000001.jpg").write_bytes(b"macOS")
+    (images / ".ipynb_checkpoints").mkdir()
+    (images / "ADE_train_00000001.jpg").rename(images / "ADE_train_00000001.JPG")
+    assert [len(split) for split in opened("ade20k", tmp_path)] == [4, 3]
+    city = draw_cityscapes(tmp_path) / "leftImg8bit/train"
+    (city / "ulm/._ulm_000000_000019_leftImg8bit.png").write_bytes(b"macOS")
+    shutil.copytree(city / "aachen", city / ".cache")
+    assert [len(split) for split in opened("cityscapes", tmp_path)] == [4, 3]
+
+
+def test_one_value_per_channel_is_refused_before_training(tmp_path, capsys, checkpoint):
+    where = ["--weights", checkpoint, "--data", "voc", "--root", draw_voc(tmp_path / "root"), *SMALL, "--crop", "8"]
+    status, line = exits(capsys, *where, "--batch-size", "1")
+    assert status == 1 and line.startswith("--crop 8 --batch-size 1: one patch of 8 pixels, and BatchNorm needs two")
+    probe_seg.main([*map(str, where), "--batch-size", "2"])
 
 
 @pytest.mark.parametrize("data, counts", [("voc", "4 train images of 1,464"), ("ade20k", "4 train images of 20,210"),
