@@ -315,12 +315,9 @@ def result_path(weights, probe, data, config, seed):
 
 
 def identity(result):
-    """What decides a number, apart from the training of the weights: {name: value} of all that two results share if
-    the later one may replace the earlier one."""
-    random, config = result["weights"] == "random", result["config"]
-    # The architecture belongs to the weights; but a foreign file does not say its heads, which may be given.
-    who = {"config": config} if random else {"which": result["which"], "heads": config["heads"]}
-    return dict(result["protocol"], seed=result["seed"], random=random, **who)
+    """{name: value} of all that decides a number, apart from the training of the weights: a result may replace one of
+    the same identity, and no other. (A foreign file does not say its heads, so the config is not the file's alone.)"""
+    return dict(result["protocol"], seed=result["seed"], which=result["which"], config=result["config"])
 
 
 def claim(out, default, result):
@@ -468,11 +465,16 @@ def noted_signals():
             signal.signal(number, handler)
 
 
+def leave(asked, where):
+    print(f"stopped by signal {asked[0]} {where}, saved; run the same command again to go on", flush=True)
+    sys.exit(128 + asked[0])
+
+
 def until_asked(asked, items):
-    """The items, one by one; SystemExit as soon as a signal has been noted."""
+    """The items of an evaluation, one by one; SystemExit as soon as a signal has been noted. Save before it."""
     for item in items:
         if asked:
-            sys.exit(128 + asked[0])
+            leave(asked, "within an evaluation")
         yield item
 
 

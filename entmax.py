@@ -155,7 +155,7 @@ def entmax15_attention(q, k, v, fused=None):
 
         if fused or entmax_triton.supports(q, k, v):
             return entmax_triton.attention(q, k, v, NEWTON_STEPS)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         q, k = q.to(wide(q.dtype)), k.to(wide(k.dtype))
         z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)            # (B, H, T, T)
         return Entmax15.apply(z, -1, v.dtype) @ v                     # (B, H, T, D)
