@@ -92,8 +92,7 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-    p.add_argument("--heads", type=int,
-                   help="attention heads, of a file that does not say; default width / 64, as in DINO")
+    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64")
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes")
     p.add_argument("--root", help="folder that holds " + "; ".join(f"{data}: {tree}" for data, tree in TREES.items()))
@@ -367,9 +366,9 @@ def refuse_void(pictures):
     for most in (64, 500):
         some = spread(len(pictures), most)
         void = [pictures.pairs[i][1] for i in some if not usable(pictures[i][1], source).any()]
+        if void:
+            print(f"{void[0]}: no valid pixel; so {len(void)} of {count(len(some), 'depth map')} looked at")
         if len(void) < len(some):
-            if void:
-                print(f"{void[0]}: no valid pixel; so {len(void)} of {count(len(some), 'depth map')} looked at")
             return
     depth = pictures[0][1]
     raise ValueError(f"{void[0]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none in "
@@ -380,8 +379,7 @@ def refuse_void(pictures):
 def refuse_shared(train, val):
     """A picture that was trained on measures nothing."""
     trained = {os.path.realpath(file) for file, _ in train.pairs}
-    shared = [file for file, _ in val.pairs if os.path.realpath(file) in trained]
-    if shared:
+    if shared := [file for file, _ in val.pairs if os.path.realpath(file) in trained]:
         raise ValueError(f"{shared[0]}: in train and in val, the first of {count(len(shared), 'such picture')}; take "
                          "them out of one")
 
@@ -536,9 +534,9 @@ def train_heads(model, train, val, args, device, file, stamp):
                 total = total + loss.detach() / args.seeds          # over the iterations since the last line
             optimizer.step(); optimizer.zero_grad()
 
-            done = t + 1
+            done, ends = t + 1, asked[:1]                           # a signal that comes after this counts next time
             logs = due(done, args.log_every)
-            saves = asked or due(done, args.save_every) or due(done, args.eval_every)      # an evaluation may be cut
+            saves = ends or due(done, args.save_every) or due(done, args.eval_every)
             if (logs or saves) and not math.isfinite(total):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
                                  f"the features overflow with --amp {args.amp}, or the heads diverge")
@@ -550,10 +548,10 @@ def train_heads(model, train, val, args, device, file, stamp):
                 total = 0
             if saves:
                 save(done)
-            if asked:
-                print(f"stopped by signal {asked[0]} after iteration {done:,}, saved; run the same command again to go "
-                      "on", flush=True)
-                sys.exit(128 + asked[0])
+            if ends:
+                print(f"stopped by signal {ends[0]} after iteration {done:,}, saved; run the same command again "
+                      "to go on", flush=True)
+                sys.exit(128 + ends[0])
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -696,11 +694,10 @@ def evaluate(path, args, device, opened):
     default = checkpoint.result_path(path, "depth", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
     heads_file = out.with_suffix(".head.pt")
-    undrawn = f"finished earlier, so nothing is drawn; remove {out} and {heads_file} to have pictures\n"
     if finished:
-        print(end=undrawn * (args.save_images > 0))
-        checkpoint.say_finished(out, finished)
-        return
+        if args.save_images:
+            print(f"{out}: finished earlier, so nothing is drawn; remove it and {heads_file.name} to have pictures")
+        return checkpoint.say_finished(out, finished)
     stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"], config=config)
     history, drawn = train_heads(model, train, val, args, device, heads_file, stamp)
 
@@ -713,8 +710,8 @@ def evaluate(path, args, device, opened):
           + f"{time.perf_counter() - start:.0f} s")
     if drawn:
         draw_images(out.with_suffix(".png"), val, drawn, MAX_DEPTH[args.data])
-    else:
-        print(end=undrawn * (args.save_images > 0))
+    elif args.save_images:
+        print(f"{heads_file}: finished earlier, so nothing is drawn; remove it to have pictures")
     checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
