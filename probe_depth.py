@@ -17,7 +17,6 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 import argparse
 import dataclasses
 import datetime
-import json
 import math
 import os
 import statistics
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 
 import checkpoint
 import vit
-from shapes import Shapes
+from shapes import FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it.
 PAPER = dict(iters=38_400, batch_size=16, lr=1e-3, evaluations=24, workers=10, save_every=800, log_every=100)
@@ -51,12 +50,20 @@ CAP = {"sunrgbd": 8.0}                                              # metres tha
 # Rows and columns that are evaluated, half-open. Eigen et al. 2014, for SUN RGB-D at native size; and Garg et al. 2016,
 # 0.40810811 to 0.99189189 of the 352 rows and 0.03594771 to 0.96405229 of the 1216 columns.
 WINDOW = {"nyu": (45, 471, 41, 601), "sunrgbd": (45, 471, 41, 601), "kitti": (143, 349, 43, 1172)}
-SUN_SIZE = (640, 480)                                               # width, height its pictures are resized to
+SUN_SIZE = (640, 480)       # width, height its pictures are resized to, from four neighbours, as OpenCV's bilinear does
 PER_METRE = {"nyu": 1000, "kitti": 256, "sunrgbd": 1000}            # of the 16-bit depth maps
 LISTS = {
     "nyu": dict(train="nyu_train.txt", val="nyu_test.txt"),
     "kitti": dict(train="kitti_eigen_train.txt", val="kitti_eigen_test.txt"),
     "sunrgbd": dict(train="SUNRGBD_val_splits.txt", val="SUNRGBD_val_splits.txt"),      # train: every other frame
+}
+# Where pictures and depth maps may lie below --root: BTS keeps NYU's splits apart, and KITTI's archive of depth maps
+# unpacks into train/ and val/.
+PLACES = {
+    "nyu": 2 * [["", "sync", "official_splits/test"]],
+    "kitti": (["input"], [folder + split for split in ("", "/train", "/val") for folder in
+                          ("gt_depth", "gt_depth/data_depth_annotated", "data_depth_annotated", ".")]),
+    "sunrgbd": 2 * [[""]],
 }
 TREES = {
     "nyu": "nyu_train.txt, nyu_test.txt and the <scene>/rgb_*.jpg, <scene>/sync_depth_*.png that they list",
@@ -85,6 +92,7 @@ def parse_args(argv=None):
                    help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
     p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
     p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64")
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes")
     p.add_argument("--root", help="folder that holds " + "; ".join(f"{data}: {tree}" for data, tree in TREES.items()))
@@ -130,9 +138,9 @@ def check_args(p, args):
         p.error("--like goes with --weights random: a checkpoint brings its own architecture")
     if args.eval_every is None:
         args.eval_every = max(1, round(args.iters / args.evaluations))
-    for name in "iters batch_size seeds workers seed eval_every save_every log_every save_images".split():
+    for name in "iters batch_size seeds workers seed eval_every save_every log_every save_images heads".split():
         least = name not in ("workers", "seed", "save_images")
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
     if args.crop and min(args.crop) < 1:
         p.error(f"--crop {args.crop[0]} {args.crop[1]}: must be at least 1")
@@ -182,14 +190,13 @@ def read_depth(path, source):
         raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
     if not mode.startswith("I"):                                    # I;16, or I of older Pillows
         raise ValueError(f"{path}: a picture of mode {mode}, not a 16-bit depth map; take the data set's own file")
+    if raw.min() < 0 or raw.max() > 65535:
+        raise ValueError(f"{path}: values from {raw.min()} to {raw.max()}, not a 16-bit depth map; take the data set's "
+                         "own file")
     raw = raw.astype(np.uint16)
     if source == "sunrgbd":                                         # its files are rotated left by three bits
         raw = (raw >> 3) | (raw << 13)
-    depth = raw.astype(np.float32) / PER_METRE[source]
-    if not ((depth > 0) & (depth <= MAX_DEPTH[source])).any():
-        raise ValueError(f"{path}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none in "
-                         f"(0, {MAX_DEPTH[source]:g}]; remove it from the list")
-    return depth
+    return raw.astype(np.float32) / PER_METRE[source]
 
 
 class Pictures:
@@ -209,10 +216,11 @@ class Pictures:
         if (h, w) != (height, width):
             raise ValueError(f"{depth_file}: {w}x{h} pixels, its picture {file} {width}x{height}; mend or remove one")
         if self.source == "sunrgbd":
-            image = image.resize(SUN_SIZE, Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+            pixels = (F.interpolate(pixels, SUN_SIZE[::-1], mode="bilinear")[0] + 0.5).byte()
             if self.split == "train":
                 depth = np.asarray(Image.fromarray(depth).resize(SUN_SIZE, Image.Resampling.NEAREST))
-            return np.asarray(image), depth
+            return pixels.permute(1, 2, 0).numpy(), depth
         rows, columns = slice(None), slice(None)
         if self.source == "kitti":                                  # the benchmark's crop
             if w < 1216 or h < 352:
@@ -284,34 +292,46 @@ class Draws:
             yield keys
 
 
-def read_list(file, image_root, depth_root):
-    """([(picture, depth map)], number of pictures without one) of lines 'picture depth-map-or-None [focal length]'."""
+def count(n, noun):
+    return f"{n:,} {noun}" + "s" * (n != 1)
+
+
+def read_list(file, root, places):
+    """([(picture, depth map)], number of pictures without one) of lines 'picture depth-map-or-None [focal length]'.
+    `places`: folders below `root` for pictures, and for depth maps; the first that has the file counts."""
+    def find(name, folders):
+        paths = [Path(root, folder, name.lstrip("/")) for folder in folders]
+        for path in paths:
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"{file}, line {number}: {paths[0]}: no such file; complete the data set")
+
     pairs, without = [], 0
-    for number, line in enumerate(Path(file).read_text(errors="surrogateescape").splitlines(), 1):
-        names = line.split()
-        if len(names) < 2:
-            raise ValueError(f"{file}, line {number}: {line!r} names no picture and depth map")
-        if names[1] == "None":
-            without += 1
-            continue
-        pair = Path(image_root, names[0].lstrip("/")), Path(depth_root, names[1].lstrip("/"))
-        for path in pair:
-            if not path.is_file():
-                raise FileNotFoundError(f"{file}, line {number}: {path}: no such file; complete the data set")
-        pairs.append(pair)
+    lines = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")     # editors write a BOM
+    for number, names in enumerate(map(str.split, lines), 1):
+        if len(names) == 1:
+            raise ValueError(f"{file}, line {number}: {names[0]!r} names no picture and depth map")
+        if names and names[1] != "None":
+            pairs.append(tuple(map(find, names[:2], places)))
+        without += names[1:2] == ["None"]
     return pairs, without
 
 
 def unlisted(root, val):
     """The (picture, depth map) of every SUN RGB-D frame below root/SUNRGBD that is not one of the pairs `val`."""
-    taken, pairs = {depth.parent.parent for _, depth in val}, []
-    for depth in sorted(Path(root, "SUNRGBD").rglob("depth/*.png")):
-        frame = depth.parent.parent
-        if frame not in taken:
-            images = sorted((frame / "image").glob("*.jpg"))
-            if not images:
-                raise FileNotFoundError(f"{frame}/image: no *.jpg beside {depth}; complete the data set")
-            pairs.append((images[0], depth))
+    def files(folder, suffix):
+        return sorted(path for path in Path(folder).glob("[!.]*") if path.suffix.lower() == suffix)
+
+    seen, pairs = {os.path.realpath(depth.parent.parent) for _, depth in val}, []
+    for frame, below, _ in os.walk(Path(root, "SUNRGBD"), followlinks=True):
+        real = os.path.realpath(frame)
+        below[:] = sorted(name for name in below if name[0] != "." and real not in seen)    # nor a loop of links
+        seen.add(real)
+        if "depth" in below:
+            images, maps = files(f"{frame}/image", ".jpg"), files(f"{frame}/depth", ".png")
+            if maps and not images:
+                raise FileNotFoundError(f"{frame}/image: no *.jpg beside {maps[0]}; complete the data set")
+            pairs += [(images[0], depth) for depth in maps]
     return pairs
 
 
@@ -321,24 +341,58 @@ def open_split(source, split, root, args):
     if not file.is_file():
         found = sorted(os.listdir(root))[:8] if os.path.isdir(root) else "no such folder"
         raise FileNotFoundError(f"{file}: no such file; {root} must hold {TREES[source]}, and holds {found}")
-    folders = (Path(root, "input"), Path(root, "gt_depth")) if source == "kitti" else (root, root)
-    pairs, without = read_list(file, *folders)
+    pairs, without = read_list(file, root, PLACES[source])
     if (source, split) == ("sunrgbd", "train"):
         pairs = unlisted(root, pairs)
     expected = EXPECTED[source][split]
-    print(f"{source} {split}: {len(pairs):,} images" + f"; {without} more have no depth map" * (without > 0))
+    print(f"{source} {split}: {count(len(pairs), 'image')}" + f"; {without} more without a depth map" * (without > 0))
     if len(pairs) < (1 if args.allow_partial else expected):
-        raise ValueError(f"{file}: {len(pairs):,} {split} images of {expected:,}; complete them"
+        raise ValueError(f"{file}: {count(len(pairs), f'{split} image')} of {expected:,}; complete them"
                          + ", or give --allow-partial" * (len(pairs) > 0))
-    return Pictures(source, split, pairs)
+    pictures = Pictures(source, split, pairs)
+    refuse_void(pictures)
+    return pictures
+
+
+def spread(n, most):
+    """At most `most` of the indices 0..n-1, evenly spread over them."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
+
+
+def refuse_void(pictures):
+    """Without a pixel to learn from, or one to score, hours of training end in nothing. 64 maps are looked at, spread
+    over the split; if all are void, 500, as many as best_constant reads. A few void ones do no harm."""
+    source, usable = pictures.source, {"train": in_range, "val": scored}[pictures.split]
+    for most in (64, 500):
+        some = spread(len(pictures), most)
+        void = [pictures.pairs[i][1] for i in some if not usable(pictures[i][1], source).any()]
+        if void:
+            print(f"{void[0]}: no valid pixel; so {len(void)} of {count(len(some), 'depth map')} looked at")
+        if len(void) < len(some):
+            return
+    depth = pictures[0][1]
+    raise ValueError(f"{void[0]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none in "
+                     f"(0, {MAX_DEPTH[source]:g}]" + " inside the window" * (pictures.split == "val")
+                     + f"; so all of {count(len(some), 'depth map')} looked at; take the data set's own files")
+
+
+def refuse_shared(train, val):
+    """A picture that was trained on measures nothing."""
+    trained = {os.path.realpath(file) for file, _ in train.pairs}
+    if shared := [file for file, _ in val.pairs if os.path.realpath(file) in trained]:
+        raise ValueError(f"{shared[0]}: in train and in val, the first of {count(len(shared), 'such picture')}; take "
+                         "them out of one")
 
 
 def open_data(args, size):
-    """(train, val) data sets of (uint8 (3, H, W), float32 depth (H', W'))."""
+    """(train, val) data sets of (uint8 (3, H, W), float32 depth (H', W')), and the fingerprint of their files."""
     if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size)
-    return (open_split(args.train_on, "train", args.train_root or args.root, args),
-            open_split(args.data, "val", args.root, args))
+        return Scenes("train", size), Scenes("val", size), FINGERPRINT
+    roots = args.train_root or args.root, args.root
+    train, val = open_split(args.train_on, "train", roots[0], args), open_split(args.data, "val", roots[1], args)
+    refuse_shared(train, val)
+    return train, val, "-".join(checkpoint.fingerprint(Path(root), *zip(*split.pairs, strict=True))
+                                for root, split in zip(roots, (train, val), strict=True))
 
 
 # ------------------------------------------------------------------------------------------- frozen features
@@ -374,7 +428,7 @@ def batches(model, train, args, device, start):
         return
     crops = Crops(train, args.crop, args.seed)
     for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
-                           pin_memory=device.type == "cuda"):
+                           pin_memory=device.type == "cuda", worker_init_fn=checkpoint.deaf_worker):
         yield *frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
 
 
@@ -384,7 +438,8 @@ def val_batches(model, val, args, device, chunk=16):
     if isinstance(val, tuple):
         yield from zip(*(x.split(chunk) for x in val), strict=True)
         return
-    for x, y in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"):
+    for x, y in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
+                           worker_init_fn=checkpoint.deaf_worker):
         x = x.to(device, non_blocking=True)
         yield *frozen(model, torch.stack([x, x.flip(-1)]), args), y[None].to(device, non_blocking=True)
 
@@ -420,12 +475,13 @@ def predict(head, cls, patches, size, mirrored=False):
     return depth
 
 
-def sig_loss(prediction, target, max_depth, warmup):
+def sig_loss(prediction, target, warmup):
     """Mean over pairs of images (DINOv2's batch is 8 x 2) of sqrt(var g + 0.15 (mean g)^2), with g = log(p + 0.001) -
-    log(t + 0.001) on the valid pixels of both; in the warm-up without var g. Pairs with fewer than two do not count."""
+    log(t + 0.001) on the measured pixels of both, also beyond the last bin, as DINOv2's released configurations have
+    it; in the warm-up without var g. Pairs with fewer than two do not count."""
     losses = []
     for p, t in zip(prediction.split(2), target.split(2), strict=True):
-        valid = (t > 0) & (t <= max_depth)
+        valid = t > 0
         g = (p[valid] + 0.001).log() - (t[valid] + 0.001).log()
         if len(g) > 1:
             losses.append(((0 if warmup else g.var()) + 0.15 * g.mean().square()).sqrt())
@@ -441,45 +497,61 @@ def learning_rate(t, args):
 def train_heads(model, train, val, args, device, file, stamp):
     """(history of the evaluations, predictions of the last one for the first --save-images images) of --iters
     iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
-    most = MAX_DEPTH[args.data]
-    heads = nn.ModuleList(Head(model.config.dim, most, args.seed + k) for k in range(args.seeds)).to(device)
+    most, seeds = MAX_DEPTH[args.data], range(args.seed, args.seed + args.seeds)
+    heads = nn.ModuleList(Head(model.config.dim, most, seed) for seed in seeds).to(device)
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
     start, history = checkpoint.resume_heads(file, stamp, heads, optimizer)
-    if start == args.iters:
+    if history and history[-1]["iteration"] == args.iters:
         return history, []
     if args.data == "shapes":
         train, val = extract(model, train, args, device), extract(model, val, args, device)
     constant = best_constant(train, args)
     stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
-    for t in range(start, args.iters):
-        optimizer.param_groups[0]["lr"] = learning_rate(t, args)
-        cls, patches, depth = next(stream)
-        for head in heads:                                          # one graph at a time in memory
-            loss = sig_loss(predict(head, cls, patches, depth.shape[1:]), depth, most, t < stamp["loss_warmup"])
-            loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), MAX_NORM)
-            total = total + loss.detach() / args.seeds              # over the iterations since the last line
-        optimizer.step(); optimizer.zero_grad()
 
-        done = t + 1
-        if done == args.iters or not (done % args.log_every and done % args.eval_every and done % args.save_every):
-            if not math.isfinite(total):
+    def due(done, every):
+        return done == args.iters or done % every == 0
+
+    def save(done):
+        checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+                                               optimizer=optimizer.state_dict(), history=history))
+
+    with checkpoint.noted_signals() as asked:
+        for t in range(start, args.iters + 1):
+            if t and due(t, args.eval_every) and t not in [row["iteration"] for row in history]:
+                seen = checkpoint.until_asked(asked, val_batches(model, val, args, device))
+                row, drawn = measure(heads, seen, constant, args)
+                history.append(dict(iteration=t, **row))
+                print(f"iteration {t:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
+                save(t)
+            if t == args.iters:
+                return history, drawn
+            optimizer.param_groups[0]["lr"] = learning_rate(t, args)
+            cls, patches, depth = next(stream)
+            for head in heads:                                      # one graph at a time in memory
+                loss = sig_loss(predict(head, cls, patches, depth.shape[1:]), depth, t < stamp["loss_warmup"])
+                loss.backward()
+                nn.utils.clip_grad_norm_(head.parameters(), MAX_NORM)
+                total = total + loss.detach() / args.seeds          # over the iterations since the last line
+            optimizer.step(); optimizer.zero_grad()
+
+            done, ends = t + 1, asked[:1]                           # a signal that comes after this counts next time
+            logs = due(done, args.log_every)
+            saves = ends or due(done, args.save_every) or due(done, args.eval_every)
+            if (logs or saves) and not math.isfinite(total):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
                                  f"the features overflow with --amp {args.amp}, or the heads diverge")
-        if done % args.log_every == 0 or done == args.iters:
-            loss = total / (done - max(start, t // args.log_every * args.log_every))
-            left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-            print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
-                  f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
-            total = 0
-        if done % args.eval_every == 0 or done == args.iters:
-            row, drawn = measure(heads, model, val, constant, args, device)
-            history.append(dict(iteration=done, **row))
-            print(f"iteration {done:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
-        if done % args.save_every == 0 or done == args.iters:
-            checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
-                                            optimizer=optimizer.state_dict(), history=history))
-    return history, drawn
+            if logs:
+                loss = total / (done - max(start, t // args.log_every * args.log_every))
+                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
+                print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
+                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+                total = 0
+            if saves:
+                save(done)
+            if ends:
+                print(f"stopped by signal {ends[0]} after iteration {done:,}, saved; run the same command again "
+                      "to go on", flush=True)
+                sys.exit(128 + ends[0])
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -489,17 +561,23 @@ def best_constant(train, args, most=500):
     if isinstance(train, tuple):
         maps = train[2]
     else:
-        some = np.linspace(0, len(train) - 1, min(len(train), most)).round().astype(int).tolist()
-        maps = (y for _, y in DataLoader(Subset(train, some), batch_size=None, num_workers=args.workers))
+        some = Subset(train, spread(len(train), most))
+        maps = (y for _, y in DataLoader(some, batch_size=None, num_workers=args.workers))
     total, count = 0.0, 0
     for y in maps:
-        valid = y[(y > 0) & (y <= MAX_DEPTH[args.data])]
+        valid = y[in_range(y, args.data)]
         total, count = total + valid.double().sum().item(), count + len(valid)
     return total / count
 
 
+def in_range(depth, data):
+    """bool (..., H, W): the pixels whose depth is measured and not beyond the last bin."""
+    return (depth > 0) & (depth <= MAX_DEPTH[data])
+
+
 def scored(depth, data):
     """bool (..., H, W): the pixels whose depth is known, in range and inside the window."""
+    depth = depth.clamp(max=CAP.get(data, math.inf))
     if data == "shapes":
         return depth > 0
     top, bottom, left, right = WINDOW[data]
@@ -515,11 +593,11 @@ def errors(p, t):
 
 
 @torch.no_grad()
-def measure(heads, model, val, constant, args, device):
+def measure(heads, seen, constant, args):
     """({metric: mean over images, of each head}, depth maps (H, W) that the first head predicts for the first images).
-    An image without a pixel to score is left out."""
+    `seen`: val_batches. An image without a pixel to score is left out."""
     table, drawn, skipped, cap = [], [], 0, CAP.get(args.data, math.inf)
-    for cls, patches, target in val_batches(model, val, args, device):
+    for cls, patches, target in seen:
         target = target.clamp(max=cap)
         guesses = [predict(head, cls, patches, target.shape[1:], args.data != "shapes") for head in heads]
         drawn += guesses[0][:args.save_images - len(drawn)].cpu()
@@ -530,8 +608,6 @@ def measure(heads, model, val, constant, args, device):
                 continue
             t = target[i][valid].double()
             table.append(torch.stack([errors(p[i][valid].double().clamp(max=cap), t) for p in guesses]))
-    if not table:
-        raise ValueError(f"{args.root}: no val image has a measured pixel in range and window; check the depth maps")
     rmse, abs_rel, d1 = torch.stack(table).mean(0).T.tolist()       # S + 1 values each
     return dict(rmse=rmse[:-1], abs_rel=abs_rel[:-1], d1=d1[:-1], rmse_constant=rmse[-1], constant=constant,
                 skipped=skipped), drawn
@@ -546,12 +622,6 @@ def mean_sd(values):
 def show(values):
     mean, sd = mean_sd(values)
     return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
-
-
-def write_result(out, result):
-    line = json.dumps(result, allow_nan=False)                      # not a number is not a result
-    checkpoint.write_whole(out, lambda file: file.write(f"{line}\n".encode()))
-    print(line, flush=True)
 
 
 def best_metrics(history):
@@ -574,67 +644,75 @@ def colour(depth, most):
 
 
 def draw_images(file, val, drawn, most, width=400, gap=4):
-    """A row for each image: input, label up to `most` metres, prediction; both depths on the label's scale."""
+    """A row for each image: input, label up to `most` metres, prediction; both depths on the label's scale. A pixel of
+    the label shows the farthest of those below it, or the few that KITTI's laser measured would hardly be seen."""
     rows = []
     for i, guess in enumerate(drawn):
         pixels, label = val[i]
         label = label.where(label <= most, 0)
         size = width, round(width * label.shape[0] / label.shape[1])
         row = [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)]
+        shown = F.adaptive_max_pool2d(label[None], size[::-1])[0]
         rows.append(row + [colour(depth.numpy(), label.max().item()).resize(size, Image.Resampling.NEAREST)
-                           for depth in (label, guess)])
+                           for depth in (shown, guess)])
     sheet, y = Image.new("RGB", (3 * (width + gap), sum(row[0].height + gap for row in rows)), "white"), 0
     for row in rows:
         for column, picture in enumerate(row):
             sheet.paste(picture, (column * (width + gap), y))
         y += row[0].height + gap
     sheet.save(file)
-    print(f"{file}: {len(drawn)} val images with label and prediction")
+    print(f"{file}: {count(len(drawn), 'val image')} with label and prediction")
 
 
 def evaluate(path, args, device, opened):
     """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
-    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device)
+    start = time.perf_counter()
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     size = model.config.image_size if args.data == "shapes" else None
     if model.config.depth < 4:
-        raise ValueError(f"{path}: {model.config.depth} blocks, and this probe reads four; give a deeper model")
+        raise ValueError(f"{path}: {count(model.config.depth, 'block')}, this probe reads four; give a deeper model")
     if size not in opened:                                          # looking for 24,000 pairs takes a while: once
         opened[size] = open_data(args, size)
-    train, val = opened[size]
-    default = (f"runs/random/depth.{args.data}.s{args.seed}.json" if path == "random" else
-               f"{path.removesuffix('.pt')}.depth.{args.data}.json")
-    out, start = Path(args.out or default), time.perf_counter()
+    train, val, fingerprint = opened[size]
     protocol = dict(
         probe="depth", data=args.data, train_on=args.train_on, train=len(train), val=len(val), size=size,
-        partial=args.allow_partial, blocks=four_blocks(model.config.depth), precision=args.amp,
+        fingerprint=fingerprint, partial=args.allow_partial, blocks=four_blocks(model.config.depth), precision=args.amp,
         feature="patches and [CLS] of each block, no final norm", iters=args.iters, batch_size=args.batch_size,
         crop=args.crop, seeds=args.seeds, bins=BINS, max_depth=MAX_DEPTH[args.data], lr=args.lr,
         optimizer="AdamW 0.9 0.999, weight decay 0.01, gradient norm of a head at most 35",
         schedule="cosine to lr x 1e-8, linear warm-up from 0.001 over the first third",
-        loss="SigLoss, pairs of images", loss_warmup=round(args.iters * 100 / 38_400), eval_every=args.eval_every,
+        loss="SigLoss, pairs of images, all measured depths", loss_warmup=round(args.iters * 100 / 38_400),
+        eval_every=args.eval_every,
         augmentation=args.crop and "rotate 2.5 degrees, flip, crop, gamma, brightness, colour; rounded to 8 bits",
         mirrored=args.data != "shapes", cap=CAP.get(args.data), window=WINDOW.get(args.data),
         padding="zeros to whole patches, predictions stretched over the picture",
         reported="best RMSE over evaluations; errors per image at the size of its depth map, then mean over images",
     )
-    stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"],
-                 config=dataclasses.asdict(model.config))
-    checkpoint.room_for(out)
-    history, drawn = train_heads(model, train, val, args, device, out.with_suffix(".head.pt"), stamp)
+    config = dataclasses.asdict(model.config)
+    result = dict(probe="depth", data=args.data, root=args.root, **facts, config=config, seed=args.seed, metrics=None,
+                  protocol=protocol)
+    default = checkpoint.result_path(path, "depth", args.data, model.config, args.seed)
+    out, finished = checkpoint.claim(args.out, default, result)
+    heads_file = out.with_suffix(".head.pt")
+    if finished:
+        if args.save_images:
+            print(f"{out}: finished earlier, so nothing is drawn; remove it and {heads_file.name} to have pictures")
+        return checkpoint.say_finished(out, finished)
+    stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"], config=config)
+    history, drawn = train_heads(model, train, val, args, device, heads_file, stamp)
 
     metrics = best_metrics(history)
     print(f"{path}: RMSE {show(metrics['rmse_seeds'])} m at the best evaluation, {show(metrics['rmse_last_seeds'])} m "
-          f"at the last; abs-rel {show(metrics['abs_rel_seeds'])}, d1 {show(metrics['d1_seeds'])} %; a constant "
-          f"{metrics['constant']:.2f} m {metrics['rmse_constant']:.3f} m; "
+          f"at the last; abs-rel {show(metrics['abs_rel_seeds'])}, d1 {show(metrics['d1_seeds'])} %; RMSE of "
+          f"{metrics['constant']:.2f} m for every pixel {metrics['rmse_constant']:.3f} m; "
           + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
-          + f"{metrics['skipped']} images without a pixel to score left out; " * (metrics["skipped"] > 0)
+          + f"{count(metrics['skipped'], 'image')} without a pixel to score left out; " * (metrics["skipped"] > 0)
           + f"{time.perf_counter() - start:.0f} s")
     if drawn:
         draw_images(out.with_suffix(".png"), val, drawn, MAX_DEPTH[args.data])
     elif args.save_images:
-        print(f"{out.with_suffix('.head.pt')}: finished earlier, so nothing is drawn; remove it to have pictures")
-    facts.update(config=dataclasses.asdict(model.config), seed=args.seed)
-    write_result(out, dict(probe="depth", data=args.data, **facts, metrics=metrics, protocol=protocol))
+        print(f"{heads_file}: finished earlier, so nothing is drawn; remove it to have pictures")
+    checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
 def main(argv=None):

@@ -1,7 +1,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 import types
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import vit
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=4, heads=2, registers=1)
 COARSE = vit.ViTConfig(image_size=64, patch_size=32, dim=16, depth=5, heads=2)      # 480 x 640 in 300 tokens
-KEYS = {"probe", "data", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics", "protocol"}
+KEYS = "probe data root weights weights_sha256 which epochs config seed metrics protocol".split()
 CPU = torch.device("cpu")
 
 
@@ -191,28 +194,28 @@ def test_loss_on_two_pixels():
     p, t = torch.tensor([[[2.0, 5.0]]]).double(), torch.tensor([[[1.0, 8.0]]]).double()
     a, b = math.log(2.001 / 1.001), math.log(5.001 / 8.001)
     variance, mean = (a - b) ** 2 / 2, (a + b) / 2
-    assert probe_depth.sig_loss(p, t, 10, False).item() == pytest.approx(math.sqrt(variance + 0.15 * mean**2))
-    assert probe_depth.sig_loss(p, t, 10, True).item() == pytest.approx(math.sqrt(0.15) * abs(mean))
+    assert probe_depth.sig_loss(p, t, False).item() == pytest.approx(math.sqrt(variance + 0.15 * mean**2))
+    assert probe_depth.sig_loss(p, t, True).item() == pytest.approx(math.sqrt(0.15) * abs(mean))
 
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_loss_is_the_mean_over_pairs_of_images(warmup):
     p, t = 5 + draws(7, 3, 4, seed=1).tanh(), (3 * draws(7, 3, 4) + 5).clamp(min=0)
-    t[0, 0] = 11                                                    # beyond the range
+    t[0, 0] = 11                                                    # beyond NYU's last bin, and it counts
     t[2:4], t[2, 1, 1] = 0, 5                                       # a pair with a single valid pixel
     expected = []
     for pair in ([0, 1], [4, 5], [6]):
         g = [math.log(a + 0.001) - math.log(b + 0.001) for i in pair
-             for a, b in zip(p[i].flatten().tolist(), t[i].flatten().tolist(), strict=True) if 0 < b <= 10]
+             for a, b in zip(p[i].flatten().tolist(), t[i].flatten().tolist(), strict=True) if b > 0]
         mean = sum(g) / len(g)
         variance = 0 if warmup else sum((x - mean) ** 2 for x in g) / (len(g) - 1)
         expected.append(math.sqrt(variance + 0.15 * mean**2))
-    assert probe_depth.sig_loss(p, t, 10, warmup).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert probe_depth.sig_loss(p, t, warmup).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
 def test_batch_without_valid_pixels_has_no_gradient():
     p = torch.ones(2, 3, 3, requires_grad=True)
-    probe_depth.sig_loss(p, torch.zeros(2, 3, 3), 10, False).backward()
+    probe_depth.sig_loss(p, torch.zeros(2, 3, 3), False).backward()
     assert p.grad.count_nonzero() == 0
 
 
@@ -268,9 +271,8 @@ def test_errors_by_hand():
 def test_sun_is_clipped_at_eight_metres(monkeypatch):
     truth, args = torch.full((1, 60, 60), 9.5), types.SimpleNamespace(data="sunrgbd", save_images=0)
     truth[0, 50, 50] = 7
-    monkeypatch.setattr(probe_depth, "val_batches", lambda *_: [(None, None, truth)])
     monkeypatch.setattr(probe_depth, "predict", lambda *_: torch.full((1, 60, 60), 9.0))
-    row, _ = probe_depth.measure([None], None, None, 12.0, args, CPU)
+    row, _ = probe_depth.measure([None], [(None, None, truth)], 12.0, args)
     n = 15 * 19                                                     # of rows 45 to 59, columns 41 to 59
     assert row["rmse"] == [pytest.approx(math.sqrt(1 / n))] and row["rmse_constant"] == pytest.approx(math.sqrt(1 / n))
 
@@ -325,6 +327,180 @@ def test_sun_is_resized(tmp_path):
     assert val[0].shape == train[0].shape == (3, 480, 640) and torch.equal(val[0], train[0])
     assert val[1].shape == (240, 320)
     assert torch.equal(train[1], val[1].repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_sun_shrinks_by_four_neighbours(tmp_path):
+    """As the original's OpenCV: at half the size a pixel is the mean of 2 x 2, not of a smooth filter's 4 x 4."""
+    noise = np.random.default_rng(0).integers(0, 256, (960, 1280, 3), dtype=np.uint8)
+    write(tmp_path / "x.png", noise)
+    write(tmp_path / "d.png", np.full((960, 1280), 999, np.uint16))
+    image, _ = probe_depth.Pictures("sunrgbd", "val", [(tmp_path / "x.png", tmp_path / "d.png")])[0]
+    expected = noise.reshape(480, 2, 640, 2, 3).mean((1, 3)) + 0.5
+    assert (image.permute(1, 2, 0).numpy() == expected.astype(np.uint8)).all()
+
+
+def test_values_beyond_sixteen_bits_are_refused(tmp_path):
+    wide = np.full((4, 4), 1500, np.int32)
+    Image.fromarray(wide).save(tmp_path / "a.tif")
+    assert (probe_depth.read_depth(tmp_path / "a.tif", "nyu") == np.float32(1.5)).all()
+    for value in (65536 + 1500, -1):
+        wide[1, 1] = value
+        Image.fromarray(wide).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=f"a.tif: values from .*{value}.*, not a 16-bit depth map"):
+            probe_depth.read_depth(tmp_path / "a.tif", "nyu")
+
+
+def opened(data, root, *flags):
+    flags = ["--weights", "random", "--data", data, "--root", str(root), "--allow-partial", *flags]
+    return probe_depth.open_data(probe_depth.parse_args(flags), None)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "\n" + text.replace("\n", "\n  \n\n") + "\n\n", lambda text: text.replace("\n", "\r\n") + "\r\n",
+    lambda text: "\ufeff" + text, lambda text: text.replace(" 518.8579", ""), lambda text: text.replace(" ", "\t")])
+def test_lists_as_editors_leave_them(tmp_path, change):
+    root = nyu(tmp_path / "nyu", 3, 1)
+    train, val, fingerprint = opened("nyu", root)
+    for name in ("nyu_train.txt", "nyu_test.txt"):
+        (root / name).write_bytes(change((root / name).read_text()).encode())
+    again = opened("nyu", root)
+    assert (again[0].pairs, again[1].pairs, again[2]) == (train.pairs, val.pairs, fingerprint)
+    assert [len(train), len(val)] == [3, 1]
+
+
+@pytest.mark.parametrize("data, moves", [
+    ("kitti", [("gt_depth/train", "gt_depth/train/train"), ("gt_depth/test", "gt_depth/val/test")]),
+    ("kitti", [("gt_depth", "data_depth_annotated/val")]),
+    ("kitti", [("gt_depth/train", "train/train"), ("gt_depth/test", "val/test")]),
+    ("nyu", [("test_room", "official_splits/test/test_room"), ("train_room", "sync/train_room")]),
+])
+def test_layouts_as_unpacked(tmp_path, data, moves):
+    root = {"kitti": kitti, "nyu": nyu}[data](tmp_path / "data", 2, 1)
+    before = [list(split) for split in opened(data, root)[:2]]
+    for old, new in moves:
+        (root / "aside").mkdir()
+        (root / old).rename(root / "aside/x")
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / "aside/x").rename(root / new)
+        (root / "aside").rmdir()
+    assert equal([list(split) for split in opened(data, root)[:2]], before)
+
+
+def test_sun_frames_are_what_users_call_frames(tmp_path):
+    root = sun(tmp_path / "sun", 2, 1)
+    flags = "--train-on", "sunrgbd"
+    (frame,) = root.glob("SUNRGBD/kv1/set/*")
+    whole = list(opened("sunrgbd", root, *flags)[0])
+    for name in (".ipynb_checkpoints", ".Trash/frame"):
+        write(root / f"SUNRGBD/{name}/depth/1.png", np.ones((9, 9), np.uint16))
+        write(root / f"SUNRGBD/{name}/image/1.jpg", np.ones((9, 9, 3), np.uint8))
+    for name in ("depth/._1.png", "image/._1.jpg", "image/._0.jpg"):
+        (frame / name).write_bytes(b"Mac OS X")
+    (frame / "image/1.jpg").rename(frame / "image/1.JPG")
+    (frame / "depth/1.png").rename(frame / "depth/1.PNG")
+    (root / "SUNRGBD/kv2").rename(tmp_path / "elsewhere")
+    (root / "SUNRGBD/kv2").symlink_to(tmp_path / "elsewhere")       # another disk
+    (root / "SUNRGBD/kv1/again").symlink_to(root / "SUNRGBD")       # a loop, and each frame twice
+    assert equal(list(opened("sunrgbd", root, *flags)[0]), whole) and len(whole) == 2
+
+
+def link(root):
+    os.symlink(root / "test_room/rgb_00001.png", root / "train_room/link.png")
+    with (root / "nyu_train.txt").open("a") as file:
+        file.write("\n/train_room/link.png /test_room/sync_depth_00001.png 518.8579\n")
+
+
+@pytest.mark.parametrize("data, share, message", [
+    ("nyu", lambda root: (root / "nyu_train.txt").write_text((root / "nyu_test.txt").read_text()),
+     "test_room/rgb_00000.png: in train and in val, the first of 2 such pictures"),
+    ("nyu", link, "test_room/rgb_00001.png: in train and in val, the first of 1 such picture;"),
+    ("kitti", lambda root: (root / "kitti_eigen_train.txt").write_text((root / "kitti_eigen_test.txt").read_text()),
+     "day/test/0.png: in train and in val, the first of 2 such pictures"),
+    ("sunrgbd", lambda root: ((root / "SUNRGBD/new/image").mkdir(parents=True), (root / "SUNRGBD/new/depth").symlink_to(
+        root / "SUNRGBD/kv0/set/000000/depth"), (root / "SUNRGBD/new/image/0.jpg").symlink_to(
+        root / "SUNRGBD/kv0/set/000000/image/0.jpg")), "000000/image/0.jpg: in train and in val, the first of 1 such"),
+])
+def test_no_picture_is_in_train_and_val(tmp_path, capsys, coarse, data, share, message):
+    root = {"nyu": nyu, "kitti": kitti, "sunrgbd": sun}[data](tmp_path / "data", 2, 2)
+    share(root)
+    flags = ["--train-on", "sunrgbd"] if data == "sunrgbd" else []
+    flags += "--allow-partial --iters 1 --batch-size 2 --crop 64 64 --workers 0".split()
+    status, line = exits(capsys, "--weights", coarse, "--data", data, "--root", root, *flags)
+    assert status == 1 and message in line and not list(tmp_path.glob("*.*.json"))
+
+
+@pytest.mark.parametrize("split, value, rows, message", [
+    ("train", 0, slice(None), r"train_room/sync_depth_00000.png: no valid pixel: depths from 0 to 0 m, none in "
+     r"\(0, 10\]; so all of 2 depth maps"),
+    ("train", 10_001, slice(None), r"train_room/sync_depth_00000.png: no valid pixel: depths from 10.001 to 10.001 m"),
+    ("test", 0, slice(None), "test_room/sync_depth_00000.png: no valid pixel: depths from 0 to 0 m"),
+    ("test", 0, slice(45, 471), r"test_room/sync_depth_00000.png: no valid pixel: .*\(0, 10\] inside the window"),
+])
+def test_void_split_is_refused_before_training(tmp_path, capsys, coarse, monkeypatch, split, value, rows, message):
+    monkeypatch.setattr(probe_depth, "train_heads", None)
+    root = nyu(tmp_path / "nyu", 2, 2)
+    for path in root.glob(f"{split}_room/sync*"):
+        depth = np.array(Image.open(path))
+        depth[rows] = value
+        write(path, depth)
+    status, line = exits(capsys, "--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial")
+    assert status == 1 and re.search(message, line), line
+
+
+def test_void_maps_among_others_do_no_harm(tmp_path, capsys, coarse):
+    """In train they add nothing to a loss, in val they are left out. Only when 64 spread over the split are void are
+    more looked at."""
+    flags = ["--weights", coarse, "--data", "nyu", "--allow-partial", *"--iters 1 --batch-size 2 --crop 64 64".split(),
+             "--workers", 0, "--root"]
+    run(*flags, nyu(tmp_path / "nyu", 2, 1), "--out", "one.json")
+    one = result(capsys, "one.json")["metrics"]
+    root = nyu(tmp_path / "nyu", 2, 2)
+    write(root / "test_room/sync_depth_00001.png", np.zeros((480, 640), np.uint16))
+    run(*flags, root, "--out", "two.json")
+    text = capsys.readouterr().out
+    assert "sync_depth_00001.png: no valid pixel; so 1 of 2 depth maps looked at" in text
+    assert "; 1 image without a pixel to score left out" in text
+    two = json.loads(text.splitlines()[-1])["metrics"]
+    assert (two.pop("skipped"), one.pop("skipped")) == (1, 0) and one == two
+
+    maps = torch.zeros(400, 3, 3)
+    maps[1] = 5                                                     # beside the first of 64
+    pictures = [(None, depth) for depth in maps]
+    split = type("Split", (list,), dict(source="nyu", split="train", pairs=[(i, i) for i in range(400)]))
+    probe_depth.refuse_void(split(pictures))
+    assert capsys.readouterr().out.endswith("\n0: no valid pixel; so 399 of 400 depth maps looked at\n")
+
+
+def test_every_epoch_has_its_own_order_and_crops(tmp_path, monkeypatch):
+    pairs = []
+    for i in range(4):
+        image, depth = scene(i, 480, 640)
+        write(tmp_path / f"{i}.png", image)
+        write(tmp_path / f"d{i}.png", (1000 * depth).astype(np.uint16))
+        pairs.append((tmp_path / f"{i}.png", tmp_path / f"d{i}.png"))
+    pictures = probe_depth.Pictures("nyu", "train", pairs)
+    monkeypatch.setattr(probe_depth, "frozen", lambda model, x, args: (x, x))
+
+    def epochs(seed):
+        args = types.SimpleNamespace(batch_size=2, iters=6, seed=seed, crop=(40, 50), workers=0)
+        keys = [key for batch in probe_depth.Draws(4, args, 0) for key in batch]
+        crops = torch.cat([depth for _, _, depth in probe_depth.batches(None, pictures, args, CPU, 0)])
+        assert [epoch for epoch, _ in keys] == 4 * [0] + 4 * [1] + 4 * [2] and crops.shape == (12, 40, 50)
+        orders = [tuple(i for e, i in keys if e == epoch) for epoch in range(3)]
+        assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+        return orders, {key: crop for key, crop in zip(keys, crops, strict=True)}
+
+    orders, crops = epochs(0)
+    assert len({*orders, *epochs(1)[0]}) == 6                       # of 24
+    assert equal(crops, epochs(0)[1])
+    seen = [*crops.values(), *epochs(1)[1].values()]
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_constant_is_of_maps_spread_over_the_train_set():
+    maps = [(0, torch.full((2, 2), 0.001 * (i + 1))) for i in range(9000)] + [(0, torch.full((2, 2), 11.0))]
+    constant = probe_depth.best_constant(maps, types.SimpleNamespace(data="nyu", workers=0))
+    assert constant == pytest.approx(4.5, rel=0.01)
 
 
 def test_augmented_picture_and_depth_stay_aligned():
@@ -410,6 +586,19 @@ def predict_by_hand(model, head, image, size, most):
     return total.numpy().astype(np.float64)
 
 
+def four_neighbours(image, h, w):
+    """uint8 (H, W, 3) -> (h, w, 3): each pixel from the four whose centres are around its own."""
+    sides = []
+    for n, m in zip(image.shape, (h, w), strict=False):
+        x = ((np.arange(m) + 0.5) * n / m - 0.5).clip(0, n - 1)
+        low = np.floor(x).astype(int)
+        sides.append((low, np.minimum(low + 1, n - 1), x - low))
+    (top, bottom, v), (left, right, u) = sides
+    v, u, image = v[:, None, None], u[:, None], image.astype(np.float64)
+    rows = [image[i][:, left] * (1 - u) + image[i][:, right] * u for i in (top, bottom)]
+    return (rows[0] * (1 - v) + rows[1] * v + 0.5).astype(np.uint8)
+
+
 def pairs_by_hand(data, root):
     """(train depth maps as trained on, val (picture, depth)) read plainly."""
     def read(path, per_metre):
@@ -433,7 +622,7 @@ def pairs_by_hand(data, root):
 
         files = sorted(root.glob("SUNRGBD/*/set/*/depth/*.png"))
         train = [np.asarray(Image.fromarray(turned(p)).resize((640, 480), Image.Resampling.NEAREST)) for p in files[2:]]
-        val = [(np.asarray(Image.open(p.parent.parent / "image" / (p.stem + ".jpg")).resize((640, 480), 2)),
+        val = [(four_neighbours(np.asarray(Image.open(p.parent.parent / "image" / (p.stem + ".jpg"))), 480, 640),
                 np.minimum(turned(p), 8)) for p in files[:2]]
     return train, val
 
@@ -451,7 +640,7 @@ def test_result_equals_the_evaluation_by_hand(tmp_path, coarse, capsys, data):
         "--crop", 64, 96, "--workers", 0, "--eval-every", 2, "--save-images", 2)
     text = capsys.readouterr().out
     r = json.loads(text.splitlines()[-1])
-    assert set(r) == KEYS and r == json.loads((tmp_path / f"coarse.depth.{data}.json").read_text())
+    assert list(r) == KEYS and r == json.loads((tmp_path / f"coarse.depth.{data}.json").read_text())
 
     most, model = 80.0 if data == "kitti" else 10.0, disk.load_backbone(coarse)
     weights = torch.load(tmp_path / f"coarse.depth.{data}.head.pt")["heads"]
@@ -481,7 +670,7 @@ def test_result_equals_the_evaluation_by_hand(tmp_path, coarse, capsys, data):
     assert r["protocol"]["partial"] is True and r["protocol"]["crop"] == [64, 96]
     assert Image.open(tmp_path / f"coarse.depth.{data}.png").width == 3 * 404
     if data == "kitti":
-        assert "kitti train: 2 images; 1 more have no depth map" in text
+        assert "kitti train: 2 images; 1 more without a depth map" in text
 
 
 def equal(a, b):
@@ -550,7 +739,7 @@ def test_resumed_probe_is_bit_equal(tmp_path, few_scenes, fine, coarse, capsys, 
         run(*flags, "--workers", 0, "--out", "parts.json")
     monkeypatch.setattr(probe_depth, "learning_rate", original)
     run(*flags, "--workers", 1 if data == "nyu" else 0, "--out", "parts.json")     # nor do workers change anything
-    assert "going on from iteration 3" in capsys.readouterr().out
+    assert "going on from iteration 4" in capsys.readouterr().out
     assert equal(torch.load("whole.head.pt"), torch.load("parts.head.pt"))
     assert Path("whole.json").read_text() == Path("parts.json").read_text()
     done = [row["iteration"] for row in torch.load("whole.head.pt")["history"]]
@@ -570,6 +759,7 @@ def test_finished_probe_is_not_repeated(few_scenes, fine, capsys, monkeypatch):
 def test_unfinished_heads_of_other_settings_are_refused(few_scenes, fine, capsys):
     run("--weights", fine, "--iters", 2, "--batch-size", 2, "--out", "a.json")
     state = torch.load("a.head.pt")
+    Path("a.json").unlink()
     torch.save(dict(state, iteration=1), "a.head.pt")
     status, line = exits(capsys, "--weights", fine, "--iters", 2, "--batch-size", 3, "--out", "a.json")
     assert status == 1 and "a.head.pt: holds unfinished heads with batch_size 2, now 3" in line
@@ -578,7 +768,187 @@ def test_unfinished_heads_of_other_settings_are_refused(few_scenes, fine, capsys
     assert result(capsys, "a.json")["protocol"]["batch_size"] == 3
 
 
+@pytest.mark.parametrize("data, crop, most, cap, window, counts", [
+    ("nyu", (416, 544), 10.0, None, (45, 471, 41, 601), (24_231, 654)),
+    ("kitti", (352, 704), 80.0, None, (143, 349, 43, 1172), (23_158, 652)),
+    ("sunrgbd", (416, 544), 10.0, 8.0, (45, 471, 41, 601), (24_231, 5_050)),
+    ("shapes", None, 10.0, None, None, None),
+])
+def test_recipe_is_the_papers_and_is_trained(tmp_path, coarse, few_scenes, monkeypatch, data, crop, most, cap, window,
+                                             counts):
+    make, flags = {"nyu": nyu, "kitti": kitti, "sunrgbd": sun, "shapes": None}[data], ["--weights", coarse]
+    if make:
+        flags += ["--data", data, "--root", make(tmp_path / "data", 2, 1), "--allow-partial"]
+    if data == "sunrgbd":
+        flags += ["--train-root", nyu(tmp_path / "nyu", 2, 1)]
+
+    def catch(model, train, val, args, device, file, stamp):
+        raise SystemExit(stamp)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(probe_depth, "train_heads", catch)
+        run(*flags)
+    stamp = stop.value.code
+    expected = dict(iters=38_400, batch_size=16, lr=1e-3, eval_every=1600, loss_warmup=100, seeds=1, bins=256,
+                    crop=crop, max_depth=most, cap=cap, window=window,
+                    train_on="nyu" if data == "sunrgbd" else data)
+    if data == "shapes":
+        expected |= dict(iters=300, lr=1e-2, eval_every=100, loss_warmup=1, train=40, val=20)
+    assert {name: stamp[name] for name in expected} == expected
+    assert (probe_depth.MAX_NORM, probe_depth.MIN_DEPTH, probe_depth.BINS) == (35, 0.001, 256)
+    assert probe_depth.PER_METRE == dict(nyu=1000, kitti=256, sunrgbd=1000) and probe_depth.SUN_SIZE == (640, 480)
+    if counts:
+        assert (probe_depth.EXPECTED[stamp["train_on"]]["train"], probe_depth.EXPECTED[data]["val"]) == counts
+        assert probe_depth.EXPECTED["sunrgbd"]["train"] == 5_285
+
+    batches, loss = [], probe_depth.sig_loss
+    monkeypatch.setattr(probe_depth, "sig_loss", lambda p, t, w: (batches.append((p.shape, t.shape)), loss(p, t, w))[1])
+    run(*flags, "--iters", 1, "--workers", 0)
+    assert batches == [2 * ((16, *(crop or (64, 64))),)]
+
+
+def test_logged_loss_is_the_mean_since_the_last_line(few_scenes, fine, capsys, monkeypatch):
+    losses, loss, rate = [], probe_depth.sig_loss, probe_depth.learning_rate
+    monkeypatch.setattr(probe_depth, "sig_loss", lambda *a: (x := loss(*a), losses.append(x.item()))[0])
+
+    def stop(t, args):
+        if t == 4 and len(losses) == 2 * 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(t, args)
+
+    monkeypatch.setattr(probe_depth, "learning_rate", stop)
+    flags = ["--weights", fine, *"--iters 10 --batch-size 2 --seeds 2 --log-every 4 --out a.json".split()]
+    with pytest.raises(SystemExit):
+        run(*flags)
+    run(*flags)
+    assert len(losses) == 2 * 10
+    logged = dict(re.findall(r"iteration (\d+)/10  loss ([\d.]+)", capsys.readouterr().out))
+    means = {end: sum(losses[2 * start:2 * end]) / (2 * (end - start)) for start, end in [(0, 4), (5, 8), (8, 10)]}
+    assert {int(t): float(x) for t, x in logged.items()} == pytest.approx(means, abs=1e-4)
+    assert max(means.values()) - min(means.values()) > 1e-3
+
+
+@pytest.mark.parametrize("number, where, done", [(signal.SIGTERM, "training", 5), (signal.SIGINT, "evaluation 2", 4),
+                                                 (signal.SIGINT, "evaluation 4", 7)])
+@pytest.mark.parametrize("data", ["shapes", "nyu"])
+def test_asked_to_end_it_saves(tmp_path, few_scenes, fine, coarse, capsys, monkeypatch, number, where, done, data):
+    """At any moment, the last evaluation included; it goes on to the bits of a probe that nobody asked."""
+    if data == "nyu" and where == "evaluation 2":
+        pytest.skip("as on shapes")
+    flags = ["--weights", fine, "--batch-size", 4, "--seeds", 2]
+    if data == "nyu":                                               # with workers, which Ctrl-C reaches, too
+        flags = ["--weights", coarse, "--data", "nyu", "--root", nyu(tmp_path / "nyu", 3, 2), "--allow-partial",
+                 "--crop", 64, 96, "--batch-size", 2, "--workers", 1]
+    flags += ["--iters", 7, "--eval-every", 2, "--save-every", 99, "--out"]
+    run(*flags, "whole.json")
+    rate, measure, calls = probe_depth.learning_rate, probe_depth.measure, []
+
+    def ask():
+        for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
+            os.kill(process, number)
+
+    def asked_in_training(t, args):
+        if (where, t) == ("training", 4):
+            ask()
+        return rate(t, args)
+
+    def asked_in_evaluation(*a):
+        calls.append(0)
+        if where == f"evaluation {len(calls)}":
+            ask()
+        return measure(*a)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(probe_depth, "learning_rate", asked_in_training)
+        patch.setattr(probe_depth, "measure", asked_in_evaluation)
+        run(*flags, "parts.json")
+    assert stop.value.code == 128 + number and not Path("parts.json").exists()
+    state = torch.load("parts.head.pt")
+    assert state["iteration"] == done
+    assert [row["iteration"] for row in state["history"]] == [t for t in (2, 4, 6) if t < done or where == "training"][
+        :{5: 2, 4: 1, 7: 3}[done]]
+    assert not multiprocessing.active_children()
+    text = capsys.readouterr().out
+    line = "stopped by signal 15 after iteration 5, saved; run the same command again to go on"
+    assert (line in text.splitlines()) == (where == "training")
+    run(*flags, "parts.json")
+    assert ("going on from iteration" in capsys.readouterr().out) == (done < 7)
+    assert equal(torch.load("whole.head.pt"), torch.load("parts.head.pt"))
+    assert Path("whole.json").read_text() == Path("parts.json").read_text()
+
+
+def test_old_heads_are_not_taken_for_other_weights_seeds_or_data(tmp_path, few_scenes, fine, coarse, capsys):
+    state = torch.load(fine)
+    state["student"] = {key: tensor * 1.5 for key, tensor in state["student"].items()}
+    torch.save(state, "fine.pt")
+    torch.save(state | dict(teacher=state["student"]), "other.pt")
+    root = nyu(tmp_path / "nyu", 2, 1)
+    picture = ["--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial", "--crop", 64, 64]
+
+    def halve(split):
+        for path in root.glob(f"{split}_room/sync*"):
+            write(path, np.asarray(Image.open(path)) // 2)
+
+    for before, after, change in [
+        (["--weights", "fine.pt"], ["--weights", "fine.pt", "--which", "student"], None),
+        (["--weights", "fine.pt"], ["--weights", "fine.pt", "--seed", 1], None),
+        (["--weights", "fine.pt"], ["--weights", "other.pt"], None),
+        (picture, picture, "train"),
+        (picture, picture, "test"),
+    ]:
+        flags = ["--iters", 2, "--batch-size", 2, "--workers", 0, "--out"]
+        run(*before, *flags, "a.json")
+        first = result(capsys, "a.json")
+        if change:
+            halve(change)
+        run(*after, *flags, "fresh.json")
+        fresh = result(capsys, "fresh.json")
+        Path("a.json").unlink()                                     # the heads are still there
+        run(*after, *flags, "a.json")
+        assert result(capsys, "a.json") == fresh != first
+        assert fresh["metrics"]["rmse"] != first["metrics"]["rmse"]
+        for path in tmp_path.glob("*.json"):
+            path.unlink()
+    stamp = torch.load("a.head.pt")["stamp"]
+    assert stamp["fingerprint"] == fresh["protocol"]["fingerprint"] and stamp["weights_sha256"] and stamp["seed"] == 0
+
+
+def test_other_depths_under_the_same_names_are_another_result(tmp_path, coarse, capsys):
+    root = nyu(tmp_path / "nyu", 2, 2)
+    flags = ["--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial", "--iters", 2, "--batch-size", 2,
+             "--crop", 64, 64, "--workers", 0]
+    run(*flags, "--save-images", 1)
+    first = result(capsys, "coarse.depth.nyu.json")
+    run(*flags, "--save-images", 1)
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1]) == first and first["root"] == str(root)
+    assert "finished before: result read from coarse.depth.nyu.json" in text.replace(f"{tmp_path}/", "")
+    assert "so nothing is drawn" in text and "iteration" not in text.partition("{")[0]
+    for path in root.rglob("sync_depth*"):
+        write(path, np.asarray(Image.open(path)) // 2)
+    run(*flags)
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert second["metrics"]["constant"] == pytest.approx(first["metrics"]["constant"] / 2, rel=1e-3)
+    assert json.loads(Path("coarse.depth.nyu.json").read_text()) == first
+    assert len(list(tmp_path.glob("coarse.depth.nyu*.json"))) == 2
+    status, line = exits(capsys, *flags, "--out", "coarse.depth.nyu.json")
+    assert status == 1 and "not to be overwritten (fingerprint" in line
+
+
+def test_heads_of_a_foreign_file_are_given(tmp_path, few_scenes, capsys):
+    model = vit.VisionTransformer(dataclasses.replace(CONFIG, dim=64, registers=0))
+    torch.save(model.state_dict(), "foreign.pt")
+    rmse = {}
+    for flags, heads in (([], 1), (["--heads", 4], 4)):
+        run("--weights", "foreign.pt", "--iters", 2, "--batch-size", 2, *flags, "--out", f"{heads}.json")
+        found = result(capsys, f"{heads}.json")
+        assert found["config"]["heads"] == heads
+        rmse[heads] = found["metrics"]["rmse"]
+    assert rmse[1] != rmse[4]
+
+
 def test_head_of_a_seed_is_that_of_a_probe_alone(few_scenes, fine, monkeypatch, capsys):
+    monkeypatch.setattr(probe_depth, "MAX_NORM", 0.02)              # clipped, and each head by its own norm
     flags = ["--weights", fine, "--iters", 3, "--batch-size", 4]
     run(*flags, "--seeds", 2, "--out", "two.json")
     together = result(capsys, "two.json")["metrics"]
@@ -620,7 +990,7 @@ def test_planted_depth_is_found_and_shuffled_depth_is_not(tmp_path, few_scenes, 
 def test_shapes_end_to_end(few_scenes, fine, capsys):
     run("--weights", fine, "--iters", 4, "--batch-size", 4, "--save-images", 2)
     r = result(capsys, "fine.depth.shapes.json")
-    assert set(r) == KEYS and r["protocol"]["train"] == 40 and r["protocol"]["val"] == 20
+    assert list(r) == KEYS and r["protocol"]["train"] == 40 and r["protocol"]["val"] == 20
     assert r["protocol"]["partial"] is False and r["protocol"]["mirrored"] is False
     val = list(shapes.Shapes("val", 32, 20))
     constant = torch.stack([scene["depth"].double() for scene in shapes.Shapes("train", 32, 40)]).mean()
@@ -643,10 +1013,31 @@ def test_pictures_show_both_depths_on_the_scale_of_the_label(tmp_path, capsys):
     probe_depth.draw_images(tmp_path / "a.png", val, [guess], 10.0)
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     assert sheet.shape == (404, 1212, 3) and (sheet[200, 200] == 77).all()
+    assert "a.png: 1 val image with label" in capsys.readouterr().out
     black, dark, middle, bright = (0, 0, 0), (59, 82, 139), (33, 145, 140), (253, 231, 37)     # of 0, 1/4, 1/2, 1
     for x, expected in ((404, [black, middle, bright, dark]), (808, [bright, bright, bright, middle])):
         tiles = [sheet[100, x + 100], sheet[100, x + 300], sheet[300, x + 100], sheet[300, x + 300]]
         assert [tuple(tile) for tile in tiles] == expected
+
+
+def test_pictures_are_of_val(tmp_path, coarse, capsys):
+    root = nyu(tmp_path / "nyu", 2, 2)
+    run("--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial", "--iters", 1, "--batch-size", 2,
+        "--crop", 64, 64, "--workers", 0, "--save-images", 2, "--out", "a.json")
+    sheet = Image.open("a.png")
+    for i in range(2):
+        tile = Image.open(root / f"test_room/rgb_{i:05}.png").resize((400, 300), Image.Resampling.BICUBIC)
+        assert (np.asarray(sheet.crop((0, 304 * i, 400, 304 * i + 300))) == np.asarray(tile)).all()
+
+
+def test_sparse_labels_can_be_seen(tmp_path):
+    """One of 25 pixels is measured, and every pixel of the picture stands for 6 x 6 of them."""
+    label = torch.zeros(600, 2400)
+    label[2::5, 2::5] = 40
+    label[2::5, 1202::5] = 80
+    probe_depth.draw_images(tmp_path / "a.png", [(torch.zeros(3, 600, 2400, dtype=torch.uint8), label)], [label], 80.0)
+    tile = np.asarray(Image.open(tmp_path / "a.png"))[:100, 404:804]
+    assert (tile[:, :200] == (33, 145, 140)).all() and (tile[:, 201:] == (253, 231, 37)).all()
 
 
 def test_picture_without_a_pixel_in_the_window_is_left_out(tmp_path, coarse, capsys):
@@ -680,6 +1071,7 @@ def test_picture_without_a_pixel_in_the_window_is_left_out(tmp_path, coarse, cap
     ("--weights a.pt b.pt --out c.json", "--out names one file"),
     ("--weights random --eval-every 0", "--eval-every 0"),
     ("--weights random --iters 0", "--iters 0"),
+    ("--weights random --heads 0", "--heads 0"),
     ("--weights random --seed -1", "--seed -1"),
     ("", "required: --weights"),
 ])
@@ -715,7 +1107,9 @@ def cut_short(root):
     (narrow, "sync_depth_00000.png: 600x480 pixels, its picture .*rgb_00000.png 640x480", 0),
     (cut_short, "test_room/rgb_00000.png: unreadable", 1),
 ])
-def test_data_errors_are_one_line(tmp_path, capsys, coarse, break_it, message, workers):
+def test_data_errors_are_one_line(tmp_path, capsys, coarse, monkeypatch, break_it, message, workers):
+    if workers:                                                     # met by a loader process, in a map not looked at
+        monkeypatch.setattr(probe_depth, "refuse_void", lambda pictures: None)
     root = nyu(tmp_path / "nyu", 1, 1)
     break_it(root)
     status, line = exits(capsys, "--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial", "--iters", 1,
@@ -732,7 +1126,7 @@ def test_more_data_errors(tmp_path, capsys, fine, coarse):
     sun_root = ["--weights", coarse, "--data", "sunrgbd", "--train-on", "sunrgbd", "--root", sun(tmp_path / "s", 0, 2)]
     (tmp_path / "text.pt").write_text("no checkpoint")
     for argv, message in [
-        (nyu_root, "nyu_train.txt: 1 train images of 24,231; .*--allow-partial"),
+        (nyu_root, "nyu_train.txt: 1 train image of 24,231; .*--allow-partial"),
         (nyu_root + ["--allow-partial", "--crop", 480, 64], "rgb_00000.png: 565x427 pixels to crop 64x480 from"),
         (nyu_root[:-1] + ["nowhere"], "nowhere must hold .*no such folder"),
         (kitti_root + ["--allow-partial"], "0.png: 1000x300 pixels, smaller than KITTI's crop"),
