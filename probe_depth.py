@@ -549,9 +549,7 @@ def train_heads(model, train, val, args, device, file, stamp):
             if saves:
                 save(done)
             if ends:
-                print(f"stopped by signal {ends[0]} after iteration {done:,}, saved; run the same command again "
-                      "to go on", flush=True)
-                sys.exit(128 + ends[0])
+                checkpoint.leave(ends, f"after iteration {done:,}")
 
 
 # ------------------------------------------------------------------------------------------- evaluation

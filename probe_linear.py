@@ -356,9 +356,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
             if last:
                 break
     if asked:
-        print(f"{file}: stopped by signal {asked[0]} after iteration {done:,}, saved; run the same command again to go "
-              "on", flush=True)
-        sys.exit(128 + asked[0])
+        checkpoint.leave(asked, f"after iteration {done:,}")
     return heads
 
 

@@ -582,9 +582,7 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
                 save(done)
             if asked:                                               # perhaps only since the line above
                 save(done)
-                print(f"stopped by signal {asked[0]} after iteration {done:,}, saved; run the same command again to "
-                      "go on")
-                sys.exit(128 + asked[0])
+                checkpoint.leave(asked, f"after iteration {done:,}")
     return history, pictures
 
 
@@ -742,7 +740,10 @@ def evaluate(path, args, device, opened):
     default = checkpoint.result_path(path, "seg", args.data, config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
     there = {(head["block"], head["concat_cls"]) for head in finished["metrics"]["heads"]} if finished else set()
-    if there >= set(kinds) and finished["config"] == result["config"]:
+    if there - set(kinds) and set(kinds) - there:
+        raise ValueError(f"{out}: holds heads of other blocks, which would be lost; ask for all of them together, or "
+                         "give another --out")
+    if there >= set(kinds):
         if args.save_images:
             print(f"{out}: no pictures drawn, nothing is evaluated again; remove it to draw them")
         checkpoint.say_finished(out, finished)

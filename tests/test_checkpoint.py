@@ -3,10 +3,15 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
 import sys
+import threading
+import time
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ import checkpoint as disk
 from checkpoint import load_backbone
 from vit import VisionTransformer, ViTConfig
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 FOREIGN = dict(image_size=32, patch_size=8, dim=192, depth=2, heads=3)              # DINO's tiny: dim / 64
 
@@ -422,3 +427,210 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
     with pytest.raises(OSError, match=re.escape(f"{path}: not written: {error}")):
         disk.write_checkpoint(path, {"step": 2})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+# ---- the data: fingerprint ------------------------------------------------------------------------------------------
+
+def files(folder, **contents):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return sorted(folder.iterdir())
+
+
+def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "elsewhere/b"
+    pictures, copy = files(a, one=b"1", two=b"22"), files(b, one=b"1", two=b"22")
+    first = disk.fingerprint(a, pictures)
+    assert disk.fingerprint(b, copy) == first and len(first) == 16
+    monkeypatch.chdir(tmp_path)
+    for root in ("a", "./a", f"{a}/", str(a)):                        # however it is written
+        assert disk.fingerprint(root, [os.path.join(root, name) for name in ("one", "two")]) == first
+
+
+def test_fingerprint_tells_every_change(tmp_path):
+    pictures, labels = files(tmp_path / "a", one=b"1", two=b"22"), files(tmp_path / "l", one=b"7", two=b"8")
+    seen = {disk.fingerprint(tmp_path, pictures, labels)}
+
+    def changed(pictures=pictures, labels=labels):
+        seen.add(disk.fingerprint(tmp_path, pictures, labels))
+        return len(seen)
+
+    assert changed(pictures[::-1]) == 2                               # another order
+    assert changed(pictures[:1]) == 3                                 # one less
+    assert changed(labels=labels[::-1]) == 4
+    assert changed(pictures + labels, []) == 5                        # a label is no picture
+    (tmp_path / "a/two").write_bytes(b"23")                           # another picture of equal size
+    assert changed() == 6
+    (tmp_path / "l/one").write_bytes(b"9")                            # a label of equal size
+    assert changed() == 7
+    (tmp_path / "a/one").rename(tmp_path / "a/uno")
+    assert changed([tmp_path / "a/uno", pictures[1]]) == 8
+    pictures[1].unlink()                                              # a file that is gone has no size
+    assert changed() == 9
+
+
+def test_fingerprint_of_much_data_reads_a_part_of_it(tmp_path):
+    """1.5 GiB of pictures that are mostly holes: every sixth is read, and the size and name of each count."""
+    pictures = []
+    for i in range(12):
+        pictures.append(tmp_path / f"{i:02d}")
+        with open(pictures[-1], "wb") as file:
+            file.truncate(2**27)
+    before = disk.fingerprint(tmp_path, pictures)
+
+    def with_a_byte_in(i):
+        with open(pictures[i], "r+b") as file:
+            file.write(b"x")
+        changed = disk.fingerprint(tmp_path, pictures)
+        with open(pictures[i], "r+b") as file:
+            file.write(b"\0")
+        return changed
+
+    assert with_a_byte_in(6) != before and with_a_byte_in(1) == before
+    with open(pictures[1], "r+b") as file:
+        file.truncate(2**27 - 1)
+    assert disk.fingerprint(tmp_path, pictures) != before
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+def a_result(seed=0, weights="w.pt", sha="aa", which="teacher", heads=6, **protocol):
+    config = dict(attn="softmax", registers=0, specialize=False, dim=384, heads=heads)
+    return dict(probe="seg", data="voc", weights=weights, weights_sha256=sha, which=which, epochs=3, config=config,
+                seed=seed, protocol=dict(dict(iters=10, crop=(4, 4), fingerprint="f1"), **protocol))
+
+
+def write(path, **changes):
+    path.write_text(json.dumps(dict(a_result(**changes), metrics={"miou": 1.0})))
+
+
+def test_a_free_name_is_taken_and_its_folder_made(tmp_path):
+    path, finished = disk.claim(None, tmp_path / "new/w.seg.voc.json", a_result())
+    assert path == tmp_path / "new/w.seg.voc.json" and path.parent.is_dir() and finished is None
+
+
+def test_the_result_of_these_weights_is_finished_and_of_others_is_replaced(tmp_path):
+    path = tmp_path / "w.seg.voc.json"
+    write(path)
+    for out in (None, str(path)):
+        assert disk.claim(out, path, a_result())[1]["metrics"] == {"miou": 1.0}
+        assert disk.claim(out, path, a_result(sha="bb")) == (path, None)      # trained on since
+
+
+@pytest.mark.parametrize("other", [dict(iters=11), dict(fingerprint="f2"), dict(crop=(4, 8)), dict(seed=1), dict(new=1),
+                                   dict(which="student"), dict(heads=12), dict(weights="random", sha=None, which=None)])
+def test_no_result_is_overwritten_by_another_protocols(tmp_path, capsys, other):
+    """Not even in the third place: each has a name of its own, and finds it again."""
+    default, results = tmp_path / "w.seg.voc.json", [a_result(), a_result(**other), a_result(iters=99)]
+    paths = []
+    for result in results:
+        path, finished = disk.claim(None, default, result)
+        assert finished is None
+        disk.write_result(path, dict(result, metrics={"miou": len(paths)}))
+        paths.append(path)
+    assert paths[0] == default and len(set(paths)) == 3
+    for i, (path, result) in enumerate(zip(paths, results, strict=True)):
+        again, finished = disk.claim(None, default, result)
+        assert again == path and finished["metrics"] == {"miou": i}
+    name = "random" if "weights" in other else [*other][0]
+    assert re.search(rf"holds a result with .*{name}.*; this one goes to w.seg.voc.\w+.json", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=f"{default}: holds a result .*{name}.*; give another --out"):
+        disk.claim(str(default), None, results[1])
+
+
+def test_two_probes_that_end_at_once_do_not_overwrite_each_other(tmp_path):
+    path = tmp_path / "w.seg.voc.json"
+    for iters in (10, 11):                                            # both found the name free
+        disk.write_result(path, dict(a_result(iters=iters), metrics={}))
+    assert {json.loads(p.read_text())["protocol"]["iters"] for p in tmp_path.iterdir()} == {10, 11}
+
+
+def test_controls_of_two_architectures_are_told_apart(tmp_path):
+    path = tmp_path / "r.json"
+    write(path, weights="random", sha=None, which=None)
+    mine = a_result(weights="random", sha=None, which=None)
+    assert disk.claim(None, path, mine)[1]
+    assert disk.claim(None, path, dict(mine, config=dict(mine["config"], dim=32)))[0] != path
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"probe": "seg"}', "no result\xff"])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match="x.json: holds no result of a probe"):
+        disk.claim(None, tmp_path / "x.json", a_result())
+    assert (tmp_path / "x.json").read_text(encoding="latin-1") == content
+
+
+def test_default_names_tell_weights_probe_data_and_of_controls_the_method():
+    names = set()
+    for changes in (dict(), dict(registers=4), dict(specialize=True), dict(attn="entmax15"),
+                    dict(attn="entmax15", registers=4, specialize=True)):
+        names.add(disk.result_path("random", "seg", "voc", ViTConfig(**changes), 3))
+    assert names == {f"runs/random/seg.voc.{method}.s3.json" for method in
+                     ("softmax", "softmax_r4", "softmax_spec", "entmax15", "entmax15_r4_spec")}
+    assert disk.result_path("a/checkpoint.pt", "knn", "folder", ViTConfig(), 3) == "a/checkpoint.knn.folder.json"
+
+
+# ---- being asked to end ---------------------------------------------------------------------------------------------
+
+def test_signals_are_noted_and_the_third_one_ends_the_process():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop, disk.noted_signals() as asked:
+        os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGTERM, signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 128 + signal.SIGINT
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_items_end_where_a_signal_was_noted():
+    seen = []
+    with pytest.raises(SystemExit) as stop, disk.noted_signals() as asked:
+        for item in disk.until_asked(asked, range(9)):
+            seen.append(item)
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [0, 1, 2] and stop.value.code == 143
+
+
+def test_noted_signals_work_in_a_thread_without_noting():
+    said = []
+
+    def work():
+        with disk.noted_signals() as asked:
+            said.append(asked)
+
+    thread = threading.Thread(target=work)
+    thread.start(); thread.join()
+    assert said == [[]]
+
+
+HOLD = "import sys, checkpoint; keep = disk.lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
+    def hold():
+        process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=Path(disk.__file__).parent, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return process, process.stdout.readline()
+
+    first, said = hold()
+    assert said == "held\n"
+    with pytest.raises(ValueError, match="another process is writing there"):
+        disk.lock(tmp_path)
+    first.kill(); first.wait()
+    second, said = hold()                                             # no clearing away
+    assert said == "held\n"
+    second.kill(); second.wait()
+
+
+# ---- whole files ----------------------------------------------------------------------------------------------------
+
+def test_what_a_killed_process_left_is_cleared_after_an_hour_and_what_a_live_one_writes_is_not(tmp_path):
+    old, new = tmp_path / "x[1].pt.123.tmp", tmp_path / "x[1].pt.124.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    disk.write_whole(tmp_path / "x[1].pt", lambda file: file.write(b"whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x[1].pt", "x[1].pt.124.tmp"]

@@ -295,12 +295,13 @@ def voc(pictures=2, labels=None, mask_size=(40, 30)):
     base = Path("data/VOCdevkit/VOC2012")
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (base / name).mkdir(parents=True)
-    for i in range(pictures):
+    for i in range(2 * pictures):
         Image.effect_noise((40, 30), 60).convert("RGB").save(base / f"JPEGImages/{i}.jpg")
         mask = np.full(mask_size[::-1], labels or i % 3, np.uint8)
         Image.fromarray(mask).save(base / f"SegmentationClass/{i}.png")
-    for split in ("train", "val"):
-        (base / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{i}\n" for i in range(pictures)))
+    for split, first in (("train", 0), ("val", pictures)):
+        names = "".join(f"{i}\n" for i in range(first, first + pictures))
+        (base / f"ImageSets/Segmentation/{split}.txt").write_text(names)
 
 
 def below_a_file():
