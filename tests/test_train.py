@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 import checkpoint as disk
 import dino
+import shapes
 import train
 import vit
 
@@ -40,7 +42,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -250,6 +252,17 @@ def test_three_steps_equal_the_algorithm_written_as_loops():
         assert (p - reference).norm() <= 1e-2 * moved, name
     for (name, t), reference in zip(ours.teacher.named_parameters(), plain.teacher.parameters(), strict=True):
         torch.testing.assert_close(t, reference, rtol=0, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_teacher_is_a_copy_of_the_student_and_not_the_student(uninterrupted):
+    """One that shared memory would learn nothing, at a loss that looks alive; fresh or loaded."""
+    for resumed in (False, True):
+        model = train.Run(train.parse_args(LONG), torch.device("cpu"))
+        if resumed:
+            model.load(load(uninterrupted / "checkpoint.pt"), "checkpoint.pt")
+        places = [{p.untyped_storage().data_ptr() for p in net.parameters()} for net in (model.student, model.teacher)]
+        assert len(places[0]) == len(places[1]) == len(list(model.student.parameters()))
+        assert not places[0] & places[1]
 
 
 def test_teacher_moves_by_moving_average_alone(tmp_path):
@@ -480,22 +493,96 @@ def test_finished_run_says_so_and_touches_nothing(uninterrupted, capsys):
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
 
 
-@pytest.mark.parametrize("flags, old, new", [
-    ("--lr 0.5", "0.008", "0.5"), ("--attn softmax", "entmax15", "softmax"), ("--seed 3", "0", "3"),
-    ("--epochs 9", "3", "9"), ("--registers 0", "2", "0"), ("--length 64", "128", "64"),
-    ("--local-scale 0.1 0.4", "[0.05, 0.4]", "[0.1, 0.4]"),
+@pytest.mark.parametrize("flags, way", [
+    ("--lr 0.5", "with --lr 0.008"), ("--attn softmax", "with --attn entmax15"), ("--seed 3", "with --seed 0"),
+    ("--length 64", "with --length 128"), ("--local-scale 0.1 0.4", "with --local-scale 0.05 0.4"),
+    ("--norm-last-layer --compile", "without --compile or --norm-last-layer"),
+    ("--arch tiny", "without --arch"),
+    ("--workers 3 --epochs 9 --norm-last-layer --lr 1 --global-scale 0.5 1 --save-steps 3",
+     "with --epochs 3 --global-scale 0.4 1.0 --lr 0.008, without --norm-last-layer"),
 ])
-def test_changed_flag_is_refused_with_both_values(uninterrupted, capsys, flags, old, new):
+def test_all_changed_flags_are_refused_in_one_line_that_can_be_pasted(uninterrupted, capsys, flags, way):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
     assert exits([*LONG, "--out", uninterrupted, *flags.split()]) == (2, "")
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert f"{flags.split()[0]} was {old} in {uninterrupted / 'checkpoint.pt'} and is {new} now" in message
+    assert capsys.readouterr().err == (f"train.py: error: {uninterrupted / 'checkpoint.pt'}: begun with other flags; "
+                                       f"go on {way}, or give another --out\n")
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
+    if "without" not in way:                                        # pasted behind what was typed
+        train.main([*LONG, "--out", str(uninterrupted), *flags.split(), *way.split()[1:]])
+
+
+def test_a_flag_that_the_run_had_and_its_path_with_spaces_are_given_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Run", lambda *args: pytest.fail("trained"))
+    args = train.parse_args([*TINY, "--data", str(tmp_path / "two words"), "--norm-last-layer"])
+    args.images, args.fingerprint = 32, "scenes 1"
+    state = {name: kind() for name, kind in train.CHECKPOINT.items() if kind is not torch.Tensor}
+    torch.save(dict(state, center=torch.zeros(1), args=train.plain(args)), tmp_path / "checkpoint.pt")
+    assert exits([*TINY, "--out", tmp_path]) == (2, "")
+    message = capsys.readouterr().err
+    assert f"--data '{tmp_path}/two words'" in message and " --norm-last-layer " in message
+
+
+def test_resume_goes_on_with_the_flags_of_the_run(tmp_path, uninterrupted, capsys):
+    status, text = interrupted(tmp_path / "run", signal.SIGTERM, 5, "--save-steps", "1000")
+    assert status == 128 + signal.SIGTERM, text
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    train.main(["--resume", str(moved), "--log-every", "1"])
+    assert "going on from step" in capsys.readouterr().out
+    state = load(moved / "checkpoint.pt")
+    assert_as_uninterrupted(moved, uninterrupted, state)
+    wanted = load(uninterrupted / "checkpoint.pt")["args"]
+    assert state["args"] == dict(wanted, out=str(moved), save_steps=1000)
+
+
+@pytest.mark.parametrize("flags, status, message", [
+    ("--lr 0.5", 2, "go on with --lr 0.008, or give"),
+    ("--data DIR", 2, "go on with --"),                             # whose recipe is another, too
+    ("--out other", 2, "drop --out other"),
+    ("--workers 2 --log-every 9 --save-every 1", None, "finished, 3 epochs done"),
+])
+def test_what_may_be_given_beside_resume(uninterrupted, capsys, flags, status, message):
+    Path("DIR").mkdir()
+    for i in range(128):
+        Path("DIR", f"{i}.png").touch()
+    if status is None:
+        train.main(["--resume", str(uninterrupted), *flags.split()])
+    else:
+        assert exits(["--resume", uninterrupted, *flags.split()]) == (status, "")
+    text = capsys.readouterr()
+    assert message in (text.out + text.err).splitlines()[-1]
+
+
+@pytest.mark.parametrize("run", ["none", "empty"])
+def test_resume_of_what_is_no_run_is_one_line(tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    assert exits(["--resume", run]) == (1, f"{run}: holds no checkpoint.pt; --resume takes the folder of a run that "
+                                           "has begun")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_flags_that_decide_no_number_may_change(uninterrupted):
     train.main([*LONG, "--out", str(uninterrupted), *"--workers 3 --log-every 7 --save-every 2 --save-steps 9".split()])
+
+
+def test_a_second_run_in_the_same_folder_is_kept_out_and_changes_nothing(tmp_path):
+    """A requeued job whose first life is not over, `srun -n 2 python train.py`."""
+    out = tmp_path / "run"
+    command = [sys.executable, SCRIPT, *LONG, "--epochs", "40", "--out", out]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (out / "log.jsonl").exists() or not records(out):
+            assert first.poll() is None
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)                           # so that nothing but the second can write
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        status, message = exits(["--resume", out])
+        assert status == 1 and message == (f"{out}: another process is writing there; wait for it, stop it, or give "
+                                           "another --out")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    finally:
+        first.kill()
+        first.wait()
+    train.take(out, is_main=True).close()                           # what a killed process leaves keeps nobody out
 
 
 def test_a_log_line_cut_short_does_not_stop_a_resume(tmp_path):
@@ -622,18 +709,6 @@ def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
     assert model.student.backbone.cls_token.isfinite().all()
 
 
-def test_student_that_is_its_own_teacher_is_refused(tmp_path, monkeypatch):
-    honest = train.Run.__init__
-
-    def planted(self, args, device):
-        honest(self, args, device)
-        self.teacher.backbone.blocks[1].mlp = self.student.backbone.blocks[1].mlp
-    monkeypatch.setattr(train.Run, "__init__", planted)
-    status, message = exits([*TINY, "--out", tmp_path / "run"])
-    assert status == 1 and "student and teacher share memory" in message
-    assert not list(tmp_path.glob("run/*.pt"))
-
-
 # ---- log ------------------------------------------------------------------------------------------------------------
 
 def test_log_carries_what_reveals_failure(uninterrupted):
@@ -758,6 +833,15 @@ def test_flat_folder_without_train(tmp_path):
     assert train.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    for name in (".cache/set/a/x.png", ".cache/set/a/._x.png", ".cache/set/.ipynb_checkpoints/x-checkpoint.png",
+                 ".cache/set/.Trash/a/y.png", ".cache/set/.hidden.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / ".cache/set"                                  # what lies above the folder does not matter
+    assert train.list_images(str(root)) == [str(root / "a/x.png")]
+
+
 def test_loops_of_links_end_and_links_count(tmp_path):
     (tmp_path / "set/a").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -851,7 +935,7 @@ def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_ove
 
 
 def draw_folder(root, good, bad):
-    root.mkdir()
+    root.mkdir(parents=True)
     for i in range(good):
         Image.effect_noise((24, 24), 60).convert("RGB").save(root / f"{i:03d}.jpg")
     for i in range(bad):
@@ -877,12 +961,71 @@ def test_few_bad_files_are_named_counted_and_training_goes_on(tmp_path, capsys):
     assert not differing(state, run(tmp_path / "again", "--data", str(root), "--workers", "0", base=FOLDER))
 
 
-def test_another_number_of_images_is_refused(tmp_path):
-    root = draw_folder(tmp_path / "images", 16, 0)
-    run(tmp_path / "run", "--data", str(root), "--workers", "0", base=FOLDER)
-    os.remove(root / "003.jpg")
-    status, message = exits([*FOLDER, "--data", root, "--out", tmp_path / "run", "--workers", "0"])
-    assert status == 1 and "trained on 16 images" in message and f"{root} holds 15 now" in message
+@pytest.fixture
+def trained(tmp_path):
+    """(run folder, its data) of a run that has ended."""
+    root, out = draw_folder(tmp_path / "a/images", 16, 0), tmp_path / "run"
+    run(out, "--data", str(root), "--workers", "0", base=FOLDER)
+    return out, root
+
+
+def go_on(out, root, *flags):
+    """(exit status, message), (None, "") of a run that was finished."""
+    try:
+        train.main([*FOLDER, "--data", str(root), "--out", str(out), *flags])
+    except SystemExit as stop:
+        return (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+    return None, ""
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "added", "renamed"])
+def test_other_pictures_are_refused(trained, change):
+    out, root = trained
+    content = bytearray((root / "003.jpg").read_bytes())
+    content[-9] ^= 1                                                # of the same size
+    dict(replaced=lambda: (root / "003.jpg").write_bytes(content), removed=(root / "003.jpg").unlink,
+         added=lambda: (root / "z.jpg").write_bytes(content), renamed=lambda: (root / "003.jpg").rename(root / "z.jpg")
+         )[change]()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, message = go_on(out, root)
+    images = 16 + dict(removed=-1, added=1).get(change, 0)
+    assert status == 1 and message == (
+        f"{out / 'checkpoint.pt'}: trained on 16 images of {root}; of the {images} in {root} some were replaced, "
+        "added or removed; bring the data back, or give another --out")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_data_may_move_and_two_folders_of_one_name_do_not_mix(trained, tmp_path, capsys):
+    out, root = trained
+    shutil.copytree(root, tmp_path / "scratch/123/train")           # with a train/ around them
+    (root / "._003.jpg").touch()                                    # no picture: changes nothing
+    assert go_on(out, tmp_path / "scratch/123") == go_on(out, root, "--workers", "1") == (None, "")
+    train.main(["--resume", str(out), "--data", str(tmp_path / "scratch/123/train")])
+    other = draw_folder(tmp_path / "b/images", 16, 0)
+    flags = [train.parse_args([*FOLDER, "--data", str(folder)]) for folder in (root, other)]
+    assert flags[0].out == flags[1].out == "runs/images_softmax_s0"
+    status, message = go_on(out, other)
+    assert status == 1 and f"trained on 16 images of {root}; of the 16 in {other} some were" in message
+
+
+def test_a_checkpoint_from_before_fingerprints_goes_on_if_path_and_count_agree(trained, tmp_path, capsys):
+    out, root = trained
+    state = load(out / "checkpoint.pt")
+    assert state["args"].pop("fingerprint") == disk.fingerprint(root, sorted(root.iterdir()))
+    torch.save(state, out / "checkpoint.pt")
+    assert go_on(out, root) == (None, "")
+    shutil.copytree(root, tmp_path / "copy")
+    assert go_on(out, tmp_path / "copy") == (2, "")
+    assert f"go on with --data {root}, or" in capsys.readouterr().err
+    (root / "003.jpg").unlink()
+    assert go_on(out, root)[0] == 1
+
+
+def test_the_embedded_data_have_a_fingerprint_too(uninterrupted, monkeypatch):
+    assert load(uninterrupted / "checkpoint.pt")["args"]["fingerprint"] == shapes.FINGERPRINT
+    monkeypatch.setattr(train, "FINGERPRINT", "scenes of another version")
+    status, message = exits([*LONG, "--out", uninterrupted])
+    assert status == 1 and "some were replaced" in message
 
 
 def test_many_bad_files_stop_the_run_at_the_end_of_the_first_epoch(tmp_path, capsys):
@@ -897,7 +1040,7 @@ def test_many_bad_files_stop_the_run_at_the_end_of_the_first_epoch(tmp_path, cap
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
-    ("--batch-size 10 --accum 4", "--batch-size 10 is not divisible by 1 processes x --accum 4"),
+    ("--batch-size 10 --accum 4", "--batch-size 10 is not divisible by 1 process x --accum 4"),
     ("--image-size 60", "--image-size 60 is not a multiple of --patch-size 8"),
     ("--local-size 30", "--local-size 30 is not a multiple of --patch-size 8"),
     ("--attn sparsemax", "invalid choice: 'sparsemax'"),
@@ -940,6 +1083,42 @@ def test_batch_is_divided_among_processes(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--batch-size", "32", "--accum", "2"])
     assert "--batch-size 32 is not divisible by 3 processes x --accum 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", ["3", "", "many"])
+def test_a_world_size_left_over_without_a_rank_is_one_process(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    for rank in (None, ""):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert train.parse_args(["--batch-size", "32"]).batch_size == 32
+        assert train.setup_distributed()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("environment, named", [
+    ("RANK=0", "WORLD_SIZE=, "), ("RANK=0 WORLD_SIZE=2", "MASTER_PORT=, MASTER_ADDR="), ("RANK=x WORLD_SIZE=1", "RANK=x"),
+    ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "MASTER_ADDR="), ("RANK=1 WORLD_SIZE=1", "WORLD_SIZE=1"),
+    ("RANK=0 WORLD_SIZE=two MASTER_ADDR=localhost MASTER_PORT=1", "WORLD_SIZE=two"),
+    ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=-1", "LOCAL_RANK=-1"),
+])
+def test_half_an_environment_of_torchrun_is_named(monkeypatch, capsys, environment, named):
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    assert exits([]) == (2, "")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: RANK=" in last and named in last and "start with torchrun, or unset RANK" in last
+
+
+@pytest.mark.parametrize("cards, local", [(0, 0), (1, 0), (4, None)])
+def test_a_launcher_of_one_process_per_machine_may_leave_out_the_local_rank(monkeypatch, cards, local):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    for name, value in dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="node0", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    if local is None:                                               # which card, cannot be known
+        with pytest.raises(ValueError, match="LOCAL_RANK=; start"):
+            train.launched()
+    else:
+        assert train.launched() == (3, 4, local)
 
 
 @pytest.mark.parametrize("flags, message", [
