@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -7,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as disk
 import dino
@@ -201,19 +207,19 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
 
 # ---- one step -------------------------------------------------------------------------------------------------------
 
-def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze):
+def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze, student_temp, clip):
     """Caron et al.'s algorithm as loops over views, pairs and parameters; returns the loss and the new centre."""
     with torch.no_grad():
         raw = [teacher([view])[0] for view in views[:2]]
         targets = [F.softmax((t - center) / temp, -1) for t in raw]
-    answers = [F.log_softmax(student([view])[0] / 0.1, -1) for view in views]
+    answers = [F.log_softmax(student([view])[0] / student_temp, -1) for view in views]
     pairs = [-(targets[q] * answers[v]).sum(-1).mean() for q in range(2) for v in range(len(views)) if v != q]
     loss = sum(pairs) / len(pairs)
     named = list(student.named_parameters())
     for (name, p), g in zip(named, torch.autograd.grad(loss, [p for _, p in named]), strict=True):
         if freeze and "last_layer" in name:
             continue
-        g = g * min(1, 3.0 / (g.norm() + 1e-6))
+        g = g * min(1, clip / (g.norm() + 1e-6))
         m, v, n = moments.get(name, (0, 0, 0))
         m, v, n = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, n + 1
         with torch.no_grad():
@@ -226,8 +232,10 @@ def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp,
     return loss.detach(), 0.9 * center + 0.1 * torch.cat(raw).mean(0, keepdim=True)
 
 
-def test_three_steps_equal_the_algorithm_written_as_loops():
-    args = train.parse_args([*TINY, "--registers", "2", "--specialize", "--center-momentum", "0.9"])
+@pytest.mark.parametrize("student_temp, clip", [(0.1, 3.0), (0.3, 0.02)])        # the defaults, and others
+def test_three_steps_equal_the_algorithm_written_as_loops(student_temp, clip):
+    args = train.parse_args([*TINY, "--registers", "2", "--specialize", "--center-momentum", "0.9",
+                             f"--student-temp={student_temp}", f"--clip-grad={clip}"])
     cpu = torch.device("cpu")
     ours, plain = train.Run(args, cpu), train.Run(args, cpu)
     start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
@@ -241,7 +249,8 @@ def test_three_steps_equal_the_algorithm_written_as_loops():
         loss, *_ = train.train_step(ours, ours.student, [batch], multicrop, step, 0, now, freeze)
         order = train.rng(train.JITTER, args.seed, step).permutation(4)
         views = multicrop.photometric(*batch, order)
-        expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now)
+        expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now,
+                                      student_temp=student_temp, clip=clip)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(ours.loss.center, center, rtol=1e-3, atol=1e-5)
     for name, p in ours.student.named_parameters():
@@ -276,13 +285,64 @@ def test_teacher_moves_by_moving_average_alone(tmp_path):
     assert not torch.equal(files[3]["teacher"]["cls_token"], files[3]["student"]["cls_token"])
 
 
-def test_prototypes_stay_during_the_first_epoch_and_move_later(tmp_path):
-    run(tmp_path, "--length", "16", "--lr", "0.01")
+@pytest.mark.parametrize("per_epoch, frozen", [(2, 1), (1, 1), (1, 2), (1, 0)])
+def test_prototypes_stay_for_just_the_epochs_that_they_should(tmp_path, per_epoch, frozen):
+    run(tmp_path, *f"--length {8 * per_epoch} --lr 0.01 --freeze-last-layer {frozen} --warmup-epochs 0".split())
     heads = [load(tmp_path / f"checkpoint_{epoch:04d}.pt")["student_head"] for epoch in range(4)]
     for name in ("last_layer.weight_g", "last_layer.weight_v"):     # nor do they decay
-        assert torch.equal(heads[0][name], heads[1][name])
-        assert not torch.equal(heads[1][name], heads[2][name])
+        assert [torch.equal(heads[e][name], heads[e + 1][name]) for e in range(3)] == [e < frozen for e in range(3)]
     assert not torch.equal(heads[0]["mlp.0.weight"], heads[1]["mlp.0.weight"])
+
+
+# a value other than the default of every flag that decides a number
+OTHER = dict(
+    length=24, image_size=24, local_size=8, local_crops=1, global_scale="0.5 1", local_scale="0.05 0.3",
+    attn="softmax", registers=1, specialize="", dim=16, depth=1, heads=1, patch_size=4, drop_path=0.5,
+    out_dim=32, hidden_dim=16, bottleneck_dim=8, norm_last_layer="", student_temp=0.2, teacher_temp=0.05,
+    warmup_teacher_temp=0.05, warmup_teacher_temp_epochs=1, center_momentum=0.7, epochs=3, batch_size=4, lr=4e-3,
+    min_lr=1e-3, warmup_epochs=0, weight_decay=0.1, weight_decay_end=0.3, clip_grad=0.01, freeze_last_layer=0,
+    momentum=0.9, seed=1, amp="bf16",
+)
+SAME_NUMBERS = set("data arch workers accum no_fused compile out save_every save_steps log_every".split())
+
+
+def test_every_flag_has_an_effect_on_training():
+    base = [*TINY, *"--length 16 --epochs 2 --warmup-teacher-temp-epochs 2 --teacher-temp 0.07".split()]
+    assert OTHER.keys() | SAME_NUMBERS == train.plain(train.parse_args(base)).keys()
+
+    def trained(*flags):
+        state = run("_".join(["run", *flags]), *flags, base=base)
+        return dict(leaves({key: state[key] for key in ("student", "teacher", "student_head", "center")}))
+
+    plain, idle = trained(), []
+    for name, value in OTHER.items():
+        other = trained(train.flag(name), *str(value).split())
+        if plain.keys() == other.keys() and all(torch.equal(x, other[path]) for path, x in plain.items()):
+            idle.append(name)
+    assert idle == []
+
+
+def test_pretraining_sees_the_train_scenes():
+    images, scenes = train.Scenes(32, 6).images, [shapes.Shapes(split, 32, 6) for split in ("train", "val")]
+    assert all(torch.equal(images[i], scenes[0][i]["image"]) for i in range(6))
+    assert not any(torch.equal(x, scenes[1][i]["image"]) for x in images for i in range(6))
+
+
+def test_stochastic_depth_is_another_in_every_step_micro_batch_and_process(monkeypatch):
+    args, drawn, honest = train.parse_args([*TINY, "--drop-path", "0.5", "--accum", "2"]), [], vit.Block.drop
+
+    def drop(self, y):
+        dropped = honest(self, y)
+        if self.rate:
+            drawn.append(tuple((dropped != 0).flatten(1).any(1).tolist()))
+        return dropped
+
+    monkeypatch.setattr(vit.Block, "drop", drop)
+    model, now = train.Run(args, torch.device("cpu")), dict(lr=0, wd=0, momentum=1, temp=0.05)
+    for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        train.train_step(model, model.student, micro_batches(args), multicrop_of(args), step, rank, now, False)
+    calls = 2 * 2 * 2                                               # branches, sizes, micro-batches
+    assert drawn[:calls] == drawn[3 * calls:] and len(set(drawn[:3 * calls])) == 3 * calls
 
 
 def test_every_parameter_that_can_learn_gets_a_gradient(tmp_path):
@@ -318,6 +378,74 @@ def test_bf16_autocast_starts_where_float32_does(tmp_path):
         first[amp] = records(tmp_path / amp)[0]
     assert first["bf16"]["loss"] != first["off"]["loss"]
     assert first["bf16"]["loss"] == pytest.approx(first["off"]["loss"], rel=0.02)
+
+
+def micro_batches(args, step=0, source=None):
+    """The crops of a step of `args` on the embedded data, as the loop hands them on."""
+    crops = train.Crops(source or train.Scenes(args.image_size, args.batch_size), multicrop_of(args), args.seed)
+    order = train.Batches(args.batch_size, args, 0, 1, step)
+    return [train.collate([crops[key] for key in keys])[:-1] for keys in itertools.islice(order, args.accum)]
+
+
+def multicrop_of(args):
+    return dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+
+
+def steps(model, args, number, network=None, start=0):
+    """(loss, gradient norm) of steps without the loop."""
+    now = dict(lr=1e-3, wd=0.1, momentum=0.9, temp=0.05)
+    return [torch.stack(train.train_step(model, network or model.student, micro_batches(args, step), multicrop_of(args),
+                                         step, 0, now, False)[:2]).tolist() for step in range(start, start + number)]
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_networks_in_ddp_compute_what_plain_ones_do(monkeypatch, one_process_group):
+    """With stochastic depth and accumulation, in a graph that DDP cuts into several buckets. Not by Inductor, which
+    takes half a minute and draws other random numbers: see test_faults.py."""
+    flags = "--dim 128 --depth 3 --drop-path 0.5 --accum 2 --clip-grad 0".split()
+    plain = train.parse_args([*TINY, *flags])
+    honest, graphs = nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: honest(self, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)        # torch's default
+    torch._dynamo.reset()
+    first = {}
+    for args in (plain, train.parse_args([*TINY, *flags, "--compile"])):
+        model = train.Run(args, torch.device("cpu"))
+        (first[args.compile],) = steps(model, args, 1, DistributedDataParallel(model.student, bucket_cap_mb=1))
+    torch._dynamo.reset()
+    assert len(graphs) > 3                                          # more than one for each network and size
+    assert first[True] == pytest.approx(first[False], rel=1e-4)
+
+
+def test_a_half_precision_student_trains_with_stochastic_depth():
+    args = train.parse_args([*TINY, "--drop-path", "0.5"])
+    student = train.Run(args, torch.device("cpu")).student.bfloat16()
+    logits = student([torch.randn(8, 3, 32, 32, dtype=torch.bfloat16)])
+    logits.float().square().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_autocast_does_not_round_the_branches_that_stochastic_depth_scales():
+    block = train.Run(train.parse_args([*TINY, "--drop-path", "0.3"]), torch.device("cpu")).student.backbone.blocks[-1]
+    y = torch.randn(64, 5, 32).bfloat16()                           # as a linear layer gives it under autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        dropped = block.drop(y)
+    assert dropped.dtype == torch.float32
+    kept = dropped[:, 0, 0] != 0
+    assert 0 < kept.sum() < 64
+    torch.testing.assert_close(dropped[kept], y[kept].float() / 0.7, rtol=2e-7, atol=0)
 
 
 # ---- processes and micro-batches ------------------------------------------------------------------------------------
@@ -694,6 +822,63 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
     assert {r["step"] for r in records(tmp_path)} <= set(range(1, 7))
 
 
+@pytest.fixture
+def fp16():
+    """() -> (args, Run) of a run in half precision, whose loss scale grows after two good steps. The command line wants
+    CUDA for it; torch can do it on a CPU, too."""
+    def start():
+        args = train.parse_args([*TINY, "--clip-grad", "0.5", "--epochs", "9"])
+        args.amp, args.images, args.fingerprint = "fp16", 32, "scenes"
+        model = train.Run(args, torch.device("cpu"))
+        assert model.scaler.is_enabled()
+        model.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        return args, model
+    return start
+
+
+def test_fp16_computes_what_float32_does_whatever_the_scale(fp16):
+    args, model = fp16()
+    plain = train.parse_args([*TINY, "--clip-grad", "0.5", "--epochs", "9"])
+    ((loss, norm),) = steps(train.Run(plain, torch.device("cpu")), plain, 1)
+    ((half_loss, half_norm),) = steps(model, args, 1)
+    assert half_loss != loss and half_loss == pytest.approx(loss, rel=5e-3)
+    assert half_norm == pytest.approx(norm, rel=5e-2)               # as it was before scaling
+    assert model.scaler.get_scale() == 2
+    moments = [state["exp_avg"].norm() for state in model.optimizer.state.values()]
+    assert max(moments) == pytest.approx(0.1 * 0.5, rel=1e-3)       # clipped after the scale was taken out
+
+
+def test_fp16_scale_grows_and_a_step_that_overflows_is_skipped(fp16, tmp_path):
+    args, model = fp16()
+    steps(model, args, 2)
+    assert model.scaler.get_scale() == 4
+    student, center = [p.clone() for p in model.student.parameters()], model.loss.center.clone()
+    hook = model.student.head.mlp[0].weight.register_hook(lambda g: g * math.inf)
+    steps(model, args, 1, start=2)
+    hook.remove()
+    assert model.scaler.get_scale() == 2
+    assert all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
+    assert {int(state["step"]) for state in model.optimizer.state.values()} == {2}
+    model.check(tmp_path)                                           # nothing to stop for
+    steps(model, args, 1, start=3)
+    assert not all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
+    assert not torch.equal(model.loss.center, center)
+
+
+def test_fp16_run_goes_on_from_its_checkpoint_bit_for_bit(fp16, tmp_path):
+    args, model = fp16()
+    steps(model, args, 3)                                           # grown once, and half of the next wait is over
+    model.save(tmp_path, 3, 4, is_main=True)
+    expected = steps(model, args, 3, start=3)
+    state = load(tmp_path / "checkpoint.pt")
+    assert state["scaler"]["scale"] == 4 and state["scaler"]["_growth_tracker"] == 1
+    args, again = fp16()
+    again.load(state, tmp_path / "checkpoint.pt")
+    assert steps(again, args, 3, start=3) == expected
+    assert not differing(model.state(6, 1), again.state(6, 1), keys=(*TRAINED, "scaler"))
+    assert model.scaler.get_scale() == 16
+
+
 def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
     """The scaler halves its scale in a step that overflows, and skips it; below 1 there is nothing left to try."""
     model = train.Run(train.parse_args(TINY), torch.device("cpu"))
@@ -729,6 +914,27 @@ def test_log_carries_what_reveals_failure(uninterrupted):
         assert {key: r[key] for key in now} == now
     final = load(uninterrupted / "checkpoint.pt")
     assert steps[-1]["center"] == pytest.approx(final["center"].norm().item())
+
+
+def test_log_lines_between_which_steps_lie(tmp_path, uninterrupted, monkeypatch):
+    """A clock that ticks once a step: eight images per second, and as many seconds left as steps."""
+    ticks, honest = [0.0], train.train_step
+
+    def ticking(*args, **kw):
+        ticks[0] += 1
+        return honest(*args, **kw)
+
+    monkeypatch.setattr(train, "train_step", ticking)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: ticks[0]))
+    run(tmp_path, "--log-every", "10", base=LONG)
+    log, every = records(tmp_path), records(uninterrupted)
+    assert [r["step"] for r in log] == [1, 10, 16, 20, 30, 40, 48]
+    for before, r in zip([0, 1, 10, 16, 20, 30, 40], log, strict=True):
+        step, last = r["step"], every[r["step"] - 1]
+        assert r["loss"] == pytest.approx(np.mean([every[i]["loss"] for i in range(before, step)]), rel=1e-6)
+        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "center")    # of the step
+        assert {key: r[key] for key in same} == {key: last[key] for key in same}
+        assert (r["epoch"], r["images_per_s"], r["eta_s"]) == (step / 16, 8, 48 - step)
 
 
 def test_support_is_the_share_of_nonzero_weights(tmp_path):
@@ -1096,7 +1302,8 @@ def test_a_world_size_left_over_without_a_rank_is_one_process(monkeypatch, world
 
 
 @pytest.mark.parametrize("environment, named", [
-    ("RANK=0", "WORLD_SIZE=, "), ("RANK=0 WORLD_SIZE=2", "MASTER_PORT=, MASTER_ADDR="), ("RANK=x WORLD_SIZE=1", "RANK=x"),
+    ("RANK=0", "WORLD_SIZE=, "), ("RANK=0 WORLD_SIZE=2", "MASTER_PORT=, MASTER_ADDR="),
+    ("RANK=x WORLD_SIZE=1", "RANK=x"),
     ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "MASTER_ADDR="), ("RANK=1 WORLD_SIZE=1", "WORLD_SIZE=1"),
     ("RANK=0 WORLD_SIZE=two MASTER_ADDR=localhost MASTER_PORT=1", "WORLD_SIZE=two"),
     ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=-1", "LOCAL_RANK=-1"),
