@@ -77,9 +77,8 @@ def rng(stream, *key):
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    first.add_argument("--arch")
-    first.add_argument("--resume")
+    for name, default in dict(data="shapes", arch=None, resume=None).items():
+        first.add_argument(flag(name), default=default)
     choice = first.parse_known_args(argv)[0]
     if choice.resume is not None:
         argv = [*flags_of_run(choice.resume), *(sys.argv[1:] if argv is None else argv)]
@@ -210,12 +209,10 @@ def check_args(p, args):
         args.amp = "off"
         if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
             args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    name = "shapes"
     if args.data != "shapes":
         args.data = os.path.abspath(args.data)
-        name = os.path.basename(args.data)
     if args.out is None:
-        args.out = f"runs/{name}_{checkpoint.method(args)}_s{args.seed}"
+        args.out = f"runs/{os.path.basename(args.data)}_{checkpoint.method(args)}_s{args.seed}"
     try:
         args.config = model_config(args)
     except ValueError as error:
@@ -358,7 +355,7 @@ class Reads:
 
     def report(self, log, epoch_over):
         """At log lines, on every process: exchange news, so that all of them come to the same decision."""
-        parts = exchange((self.total, self.failed, self.fresh))
+        parts = dino.all_gather((self.total, self.failed, self.fresh))
         total, failed = sum(part[0] for part in parts), sum(part[1] for part in parts)
         for name in dict.fromkeys(name for part in parts for name in part[2]):
             if name not in self.reported:
@@ -404,9 +401,8 @@ class Run:
             for block in (*self.student.backbone.blocks, *self.teacher.backbone.blocks):
                 block.attn.attend = functools.partial(block.attn.attend, fused=False)
         if args.compile:
-            # A rate that student and teacher do not share would become an input of the graph, at which torch 2.8 to
-            # 2.14 fail when they cut it for DistributedDataParallel. Not optimize_ddp = False: that ends the overlap
-            # of gradients that travel with the backward pass.
+            # Or stochastic depth's rate becomes an input of the graph, and torch (2.8 to 2.14) fails to cut that for
+            # DistributedDataParallel. Without the cuts, no gradient would travel before the backward pass is over.
             torch._dynamo.config.specialize_float = True
             self.student.compile()
             self.teacher.compile()
@@ -704,14 +700,6 @@ def open_data(args):
     return Scenes(args.image_size, args.length) if shapes else Pictures(paths)
 
 
-def exchange(mine):
-    """[what each process has], on every process."""
-    views = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(views, mine)
-    return views
-
-
 def take(out, is_main):
     """The main process's lock on the run folder: a second run is kept out before it reads or writes anything."""
     lock = refused = None
@@ -721,7 +709,7 @@ def take(out, is_main):
             lock = checkpoint.lock(out)
     except (OSError, ValueError) as error:
         refused = f"{out}: {error.strerror}; give another --out" if isinstance(error, OSError) else str(error)
-    refused = exchange(refused)[0]
+    refused, *_ = dino.all_gather(refused)
     if refused:
         sys.exit(refused)
     return lock
@@ -731,7 +719,7 @@ def open_resume(out, args):
     """(state of the run in `out` or None, its step or 0), the same in every process."""
     resumed = read_resume(out / "checkpoint.pt", args)
     start = resumed["step"] if resumed else 0
-    views = exchange((start, args.images, args.fingerprint))
+    views = dino.all_gather((start, args.images, args.fingerprint))
     if len(set(views)) > 1:
         sys.exit(f"{out}: (step of checkpoint.pt, images, fingerprint) differ between processes: {views}; every node "
                  "must see the same --out and --data")
@@ -763,8 +751,7 @@ def train(args, rank, world, device, stop):
         del resumed
     model, run.saved = run.student, start
     if world > 1:
-        cuda_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(run.student, device_ids=cuda_ids)
+        model = DistributedDataParallel(run.student, device_ids=[device.index] if device.type == "cuda" else None)
     multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     loader = iter(DataLoader(
         Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),

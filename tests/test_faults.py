@@ -298,7 +298,7 @@ def test_truncated_and_flipped_checkpoints_are_refused_or_whole(uninterrupted, t
     whole = (reference / "checkpoint.pt").read_bytes()
     expected, path = load(reference / "checkpoint.pt"), tmp_path / "checkpoint.pt"
     args = train.parse_args([*RUN, "--out", str(tmp_path)])
-    args.images = 128
+    args.images, args.fingerprint = 128, expected["args"]["fingerprint"]
     tries = 100 * MANY
     for i in range(tries):
         data = bytearray(whole)

@@ -299,7 +299,7 @@ OTHER = dict(
     length=24, image_size=24, local_size=8, local_crops=1, global_scale="0.5 1", local_scale="0.05 0.3",
     attn="softmax", registers=1, specialize="", dim=16, depth=1, heads=1, patch_size=4, drop_path=0.5,
     out_dim=32, hidden_dim=16, bottleneck_dim=8, norm_last_layer="", student_temp=0.2, teacher_temp=0.05,
-    warmup_teacher_temp=0.05, warmup_teacher_temp_epochs=1, center_momentum=0.7, epochs=3, batch_size=4, lr=4e-3,
+    warmup_teacher_temp=0.05, warmup_teacher_temp_epochs=0, center_momentum=0.7, epochs=3, batch_size=4, lr=4e-3,
     min_lr=1e-3, warmup_epochs=0, weight_decay=0.1, weight_decay_end=0.3, clip_grad=0.01, freeze_last_layer=0,
     momentum=0.9, seed=1, amp="bf16",
 )
@@ -767,6 +767,16 @@ def test_file_0000_holds_the_initial_weights(uninterrupted):
     assert state["epoch"] == state["step"] == 0 and not state["center"].any()
 
 
+def test_numbered_files_of_more_than_9999_epochs(tmp_path):
+    args = train.parse_args([*TINY, *"--epochs 20000 --save-every 5".split()])
+    model = train.Run(args, torch.device("cpu"))
+    for epoch in (0, 9_995, 9_999, 10_000, 20_000):                 # 9,999 is not due
+        model.save(tmp_path, 3 * epoch, 3, is_main=True)
+    found = {path.name: load(path)["epoch"] for path in tmp_path.glob("checkpoint_*")}
+    assert found == {"checkpoint_0000.pt": 0, "checkpoint_9995.pt": 9_995, "checkpoint_10000.pt": 10_000,
+                     "checkpoint_20000.pt": 20_000}
+
+
 def test_load_backbone_reads_both_networks(uninterrupted):
     state = load(uninterrupted / "checkpoint.pt")
     for which in ("teacher", "student"):
@@ -965,6 +975,15 @@ def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
     train.Log(tmp_path, True, 8).record({"step": 9}, "step 9")
     assert path.read_text().splitlines() == [*lines[:4], '{"step": 9}']
     assert capsys.readouterr().out == "step 9\n"                    # no terminal: a plain line
+
+
+def test_one_of_a_thing_is_singular(tmp_path, capsys):
+    flags = "--length 8 --epochs 1 --warmup-epochs 0".split()
+    for _ in range(2):
+        run(tmp_path, *flags)
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: finished, 1 epoch done;" in text and ", 1 step of 8 images on 1 x cpu" in text
+    assert [train.counted(n, "process") for n in (1, 2000)] == ["1 process", "2,000 processes"]
 
 
 def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
