@@ -361,12 +361,12 @@ class Reads:
             if name not in self.reported:
                 self.reported.add(name)
                 log.say(f"unreadable, replaced by another: {checkpoint.printable(name)} "
-                        f"({failed} of {counted(total, 'read')} so far)")
+                        f"({failed} of {total} reads so far)")
         self.fresh = []
         if failed > 0.01 * total and (total >= 1000 or epoch_over):
             sys.exit(f"{checkpoint.printable(min(self.reported))}: one of "
-                     f"{counted(len(self.reported), 'unreadable file')}; {failed} of {counted(total, 'read')} failed, "
-                     "more than 1 %; mend or remove the files named above, then run this again")
+                     f"{counted(len(self.reported), 'unreadable file')}; {failed} of {total} reads failed, more "
+                     "than 1 %; mend or remove the files named above, then run this again")
         return failed
 
 
