@@ -355,9 +355,15 @@ def test_every_parameter_that_can_learn_gets_a_gradient(tmp_path):
 
 
 def test_student_learns_a_teacher_that_stands_still(tmp_path):
-    run(tmp_path, *"--length 8 --epochs 60 --save-every 60 --lr 0.1 --momentum 1 --center-momentum 1".split())
-    first, *_, last = records(tmp_path)
-    assert last["loss"] < 0.6 * first["loss"] < 0.6 * math.log(64)
+    """What it can learn is the divergence; the rest of the loss is the teacher's entropy, which its weights decide: so
+    over three of them."""
+    flags = "--length 8 --epochs 60 --save-every 60 --lr 0.1 --momentum 1 --center-momentum 1 --seed".split()
+    kl = []
+    for seed in "012":
+        run(tmp_path / seed, *flags, seed)
+        kl.append([r["kl"] for r in records(tmp_path / seed)])
+    kl = np.mean(kl, 0)
+    assert len(kl) == 60 and kl[-5:].mean() < 0.6 * kl[0]
 
 
 @pytest.mark.parametrize("flags", ["--attn softmax", "--attn softmax --registers 4", "--attn softmax --specialize",
