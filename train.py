@@ -176,15 +176,15 @@ def check_args(p, args):
     """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
     for names, fits, rule in (
         ("length image_size local_size patch_size out_dim hidden_dim bottleneck_dim epochs batch_size accum "
-         "save_every save_steps log_every", lambda x: x >= 1, "at least 1"),
+         "save_every save_steps log_every", lambda x: x >= 1, "must be at least 1"),
         ("local_crops registers workers seed warmup_epochs warmup_teacher_temp_epochs freeze_last_layer min_lr "
-         "weight_decay weight_decay_end clip_grad", lambda x: 0 <= x < 2**63, "not negative, and below 2^63"),
-        ("student_temp teacher_temp warmup_teacher_temp lr", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("momentum center_momentum", lambda x: 0 <= x <= 1, "between 0 and 1"),
+         "weight_decay weight_decay_end clip_grad", lambda x: 0 <= x < 2**63, "must not be negative, and below 2^63"),
+        ("student_temp teacher_temp warmup_teacher_temp lr", lambda x: 0 < x < math.inf, "must be positive and finite"),
+        ("momentum center_momentum", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
     ):
         for name in names.split():
             if not fits(getattr(args, name)):
-                p.error(f"{flag(name)} {getattr(args, name)}: must be {rule}")
+                p.error(f"{flag(name)} {getattr(args, name)}: {rule}")
     for name in "global_scale local_scale".split():
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
