@@ -134,6 +134,14 @@ def all_mean(x):
     return x
 
 
+def all_gather(mine):
+    """[what each process has], on every process."""
+    parts = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
 def forward_crops(backbone, head, views):
     """V tensors (B, 3, S, S) -> (V, B, K) logits: one backbone call per run of equal sizes, one head call for all."""
     cls, start = [], 0

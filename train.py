@@ -5,7 +5,7 @@
 
 One process without torchrun, many with it, several nodes: the same code, and for the same --batch-size the same loss.
 Writes --out (default runs/<data>_<method>_s<seed>): checkpoint.pt (latest, complete), checkpoint_0000.pt ... (by
-epochs done), log.jsonl. Run the same command again and it goes on from checkpoint.pt, bit for bit.
+epochs done), log.jsonl. Run the same command again, or --resume RUN, and it goes on from checkpoint.pt, bit for bit.
 
     B images per step, V views, K prototypes
 """
@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import checkpoint
 import dino
 import vit
-from shapes import Shapes
+from shapes import FINGERPRINT, Shapes
 
 # What --data selects. "folder" is Caron et al.'s recipe for ViT-S/16 at the paper's 200 epochs (its own is unstated).
 RECIPES = {
@@ -62,7 +63,8 @@ RECIPES = {
 MODELS = {"tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
 CHECKPOINT = dict(config=dict, student=dict, teacher=dict, student_head=dict, teacher_head=dict, center=torch.Tensor,
                   optimizer=dict, scaler=dict, step=int, epoch=int, args=dict)
-MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")  # on resume; nothing else
+MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")  # on resume, and the place of the data
+FACTS = ("images", "fingerprint")                                   # in args, but no flags
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 # Streams of random numbers. Each draw is a function of its stream and a few integers: nothing random is ever stored.
 ORDER, CROPS, REPLACEMENT, JITTER, DROP_PATH = range(1, 6)
@@ -75,9 +77,12 @@ def rng(stream, *key):
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    first.add_argument("--arch")
+    for name, default in dict(data="shapes", arch=None, resume=None).items():
+        first.add_argument(flag(name), default=default)
     choice = first.parse_known_args(argv)[0]
+    if choice.resume is not None:
+        argv = [*flags_of_run(choice.resume), *(sys.argv[1:] if argv is None else argv)]
+        choice = first.parse_known_args(argv)[0]
     recipe = dict(RECIPES["shapes" if choice.data == "shapes" else "folder"])
     if choice.arch:                                                 # it stands for these three
         recipe = {name: value for name, value in recipe.items() if name not in ("dim", "depth", "heads")}
@@ -85,7 +90,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
-    p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images")
+    p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images, of which hidden ones "
+                   "(.name) and those in hidden folders are left out")
     p.add_argument("--length", type=int, default=2000, help="scenes in the embedded data set")
     p.add_argument("--image-size", type=int, help="side of the global crops, pixels")
     p.add_argument("--local-size", type=int, help="side of the local crops, pixels")
@@ -131,45 +137,70 @@ def parse_args(argv=None):
     p.add_argument("--no-fused", action="store_true", help="entmax attention without its CUDA kernel")
     p.add_argument("--compile", action="store_true", help="torch.compile the two networks")
     p.add_argument("--out", help="run folder; default runs/<data>_<method>_s<seed>")
+    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder and its flags; beside it, only "
+                   "what may change: " + ", ".join(map(flag, ("data", *MAY_CHANGE[1:]))))
     p.add_argument("--save-every", type=int, help="epochs between numbered checkpoints")
     p.add_argument("--save-steps", type=int, help="steps between writes of checkpoint.pt")
     p.add_argument("--log-every", type=int, help="steps between log lines")
     p.set_defaults(**recipe)
     args = p.parse_args(argv)
+    if args.resume not in (None, args.out):
+        p.error(f"--resume {args.resume} goes on in that folder; drop --out {args.out}")
+    del args.resume
     check_args(p, args)
     return args
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(args):
+    """{name: [words of the command line]} of arguments; [] for what is not given."""
+    def words(name, value):
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        return [] if value is None or value is False else [flag(name), *map(str, values)]
+
+    return {name: words(name, value) for name, value in args.items() if name not in FACTS}
+
+
+def flags_of_run(run):
+    """The command line that --resume stands for."""
+    state = open_state(Path(run) / "checkpoint.pt")
+    if state is None:
+        sys.exit(f"{run}: holds no checkpoint.pt; --resume takes the folder of a run that has begun")
+    return [*sum(as_flags(state["args"]).values(), []), "--out", run]
+
+
 def check_args(p, args):
     """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
-    sizes = ("length image_size local_size patch_size out_dim hidden_dim bottleneck_dim epochs batch_size accum "
-             "save_every save_steps log_every")
-    for name in sizes.split():
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    counts = "local_crops registers workers seed warmup_epochs warmup_teacher_temp_epochs freeze_last_layer "
-    for name in (counts + "min_lr weight_decay weight_decay_end clip_grad").split():
-        if not 0 <= getattr(args, name) < 2**63:                    # infinity is beyond, too
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative, and below 2^63")
-    for name in "student_temp teacher_temp warmup_teacher_temp lr".split():
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive and finite")
-    for name in "momentum center_momentum".split():
-        if not 0 <= getattr(args, name) <= 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and 1")
+    for names, fits, rule in (
+        ("length image_size local_size patch_size out_dim hidden_dim bottleneck_dim epochs batch_size accum "
+         "save_every save_steps log_every", lambda x: x >= 1, "must be at least 1"),
+        ("local_crops registers workers seed warmup_epochs warmup_teacher_temp_epochs freeze_last_layer min_lr "
+         "weight_decay weight_decay_end clip_grad", lambda x: 0 <= x < 2**63, "must not be negative, and below 2^63"),
+        ("student_temp teacher_temp warmup_teacher_temp lr", lambda x: 0 < x < math.inf, "must be positive and finite"),
+        ("momentum center_momentum", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    ):
+        for name in names.split():
+            if not fits(getattr(args, name)):
+                p.error(f"{flag(name)} {getattr(args, name)}: {rule}")
     for name in "global_scale local_scale".split():
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
-            p.error(f"--{name.replace('_', '-')} {low} {high}: two shares, 0 < first <= second <= 1")
+            p.error(f"{flag(name)} {low} {high}: two shares, 0 < first <= second <= 1")
     for name in ("image_size", "local_size"):
         if getattr(args, name) % args.patch_size:
-            flag = "--" + name.replace("_", "-")
-            p.error(f"{flag} {getattr(args, name)} is not a multiple of --patch-size {args.patch_size}")
+            p.error(f"{flag(name)} {getattr(args, name)} is not a multiple of --patch-size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
         p.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        _, world, _ = launched()
+    except ValueError as error:
+        p.error(str(error))
     if args.batch_size % (world * args.accum):
-        p.error(f"--batch-size {args.batch_size} is not divisible by {world} processes x --accum {args.accum}")
+        p.error(f"--batch-size {args.batch_size} is not divisible by {counted(world, 'process')} x --accum "
+                f"{args.accum}")
     if args.no_fused and args.attn != "entmax15":
         p.error("--no-fused is about the kernel of --attn entmax15; drop it, or add that")
     if args.amp == "fp16" and not torch.cuda.is_available():
@@ -178,16 +209,19 @@ def check_args(p, args):
         args.amp = "off"
         if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
             args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    name = "shapes"
     if args.data != "shapes":
         args.data = os.path.abspath(args.data)
-        name = os.path.basename(args.data)
     if args.out is None:
-        args.out = f"runs/{name}_{checkpoint.method(args)}_s{args.seed}"
+        args.out = f"runs/{os.path.basename(args.data)}_{checkpoint.method(args)}_s{args.seed}"
     try:
         args.config = model_config(args)
     except ValueError as error:
         p.error(str(error))
+
+
+def counted(n, what):
+    """'1 epoch', '2,000 images', '2 processes'"""
+    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
 
 
 def plain(args):
@@ -205,7 +239,8 @@ def model_config(args):
 
 # ------------------------------------------------------------------------------------------- data
 def list_images(root):
-    """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not; links count."""
+    """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not; links count,
+    hidden files and folders (macOS' ._*, .ipynb_checkpoints, .Trash) do not."""
     def refuse(error):                                              # os.walk alone would pass over it in silence
         sys.exit(f"{error.filename}: {error.strerror}; make it readable, or move it out of {root}")
 
@@ -217,8 +252,8 @@ def list_images(root):
             below.clear()
             continue
         seen.add(real)
-        below.sort()                                                # of two links to a folder every machine takes one
-        found += [os.path.join(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+        below[:] = sorted(name for name in below if name[0] != ".")     # of two links every machine takes the same one
+        found += [os.path.join(folder, name) for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
     return sorted(found)
 
 
@@ -251,9 +286,6 @@ class Scenes:
 
     def __len__(self):
         return len(self.images)
-
-    def name(self, i):
-        return f"scene {i}"
 
     def read(self, i):
         return self.images[i]
@@ -323,10 +355,7 @@ class Reads:
 
     def report(self, log, epoch_over):
         """At log lines, on every process: exchange news, so that all of them come to the same decision."""
-        parts = [(self.total, self.failed, self.fresh)]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.total, self.failed, self.fresh))
+        parts = dino.all_gather((self.total, self.failed, self.fresh))
         total, failed = sum(part[0] for part in parts), sum(part[1] for part in parts)
         for name in dict.fromkeys(name for part in parts for name in part[2]):
             if name not in self.reported:
@@ -335,9 +364,9 @@ class Reads:
                         f"({failed} of {total} reads so far)")
         self.fresh = []
         if failed > 0.01 * total and (total >= 1000 or epoch_over):
-            sys.exit(f"{checkpoint.printable(min(self.reported))}: one of {len(self.reported)} unreadable files; "
-                     f"{failed} of {total} reads failed, more than 1 %; mend or remove the files named above, then run "
-                     "this again")
+            sys.exit(f"{checkpoint.printable(min(self.reported))}: one of "
+                     f"{counted(len(self.reported), 'unreadable file')}; {failed} of {total} reads failed, more "
+                     "than 1 %; mend or remove the files named above, then run this again")
         return failed
 
 
@@ -372,6 +401,9 @@ class Run:
             for block in (*self.student.backbone.blocks, *self.teacher.backbone.blocks):
                 block.attn.attend = functools.partial(block.attn.attend, fused=False)
         if args.compile:
+            # Or stochastic depth's rate becomes an input of the graph, and torch (2.8 to 2.14) fails to cut that for
+            # DistributedDataParallel. Without the cuts, no gradient would travel before the backward pass is over.
+            torch._dynamo.config.specialize_float = True
             self.student.compile()
             self.teacher.compile()
 
@@ -402,12 +434,6 @@ class Run:
         if not all(p.isfinite().all() for p in (*self.student.parameters(), *self.teacher.parameters(),
                                                 self.loss.center)):
             sys.exit(f"{path}: cannot be resumed: it holds weights that are not finite; give another --out")
-
-    def check_apart(self):
-        """A teacher that is the student learns nothing, at a loss that looks alive."""
-        teachers = {p.untyped_storage().data_ptr() for p in self.teacher.parameters()}
-        if any(p.untyped_storage().data_ptr() in teachers for p in self.student.parameters()):
-            sys.exit("student and teacher share memory: the teacher must be a copy of the student, not the student")
 
     def watch(self, step, loss, grad_norm):
         """Note the first bad step, on the device: nothing waits for it here."""
@@ -443,8 +469,8 @@ class Run:
             sys.exit(str(error))
 
 
-def read_resume(path, args):
-    """State dict of an interrupted run, or None; refuses one of other arguments, because two recipes would mix."""
+def open_state(path):
+    """What checkpoint.pt of a run holds, or None without one."""
     if not path.exists():
         return None
     try:
@@ -455,16 +481,30 @@ def read_resume(path, args):
     missing = [name for name in CHECKPOINT if not isinstance(state.get(name), CHECKPOINT[name])]
     if missing:
         sys.exit(f"{path}: cannot be resumed: it lacks {', '.join(missing)}; give another --out, or remove the folder")
+    return state
+
+
+def read_resume(path, args):
+    """State dict of an interrupted run, or None; refuses one of other arguments or pictures: two runs would mix."""
+    state = open_state(path)
+    if state is None:
+        return None
     old, new = state["args"], plain(args)
-    for name in sorted(old.keys() | new.keys()):
-        if name not in (*MAY_CHANGE, "images") and old.get(name) != new.get(name):
-            flag = "--" + name.replace("_", "-")
-            print(f"train.py: error: {flag} was {old.get(name)} in {path} and is {new.get(name)} now; "
-                  f"go on with {flag} {old.get(name)}, or give another --out", file=sys.stderr)
-            sys.exit(2)
-    if old.get("images") != args.images:
-        sys.exit(f"{path}: trained on {old.get('images')} images, and {args.data} holds {args.images} now; "
-                 "bring the data back, or give another --out")
+    free = {*MAY_CHANGE, *FACTS}
+    if "fingerprint" in old and "shapes" not in (old.get("data"), args.data):
+        free.add("data")                                            # which the fingerprint knows, wherever it lies
+    flags = as_flags({name: old.get(name) for name in sorted(old.keys() | new.keys())
+                      if name not in free and old.get(name) != new.get(name)})
+    if flags:
+        given = shlex.join(word for words in flags.values() for word in words)
+        dropped = " or ".join(flag(name) for name, words in flags.items() if not words)
+        way = ", ".join([f"with {given}"] * bool(given) + [f"without {dropped}"] * bool(dropped))
+        print(f"train.py: error: {path}: begun with other flags; go on {way}, or give another --out", file=sys.stderr)
+        sys.exit(2)
+    if old.get("images") != args.images or old.get("fingerprint", args.fingerprint) != args.fingerprint:
+        sys.exit(f"{path}: trained on {old.get('images')} images of {old.get('data')}; of the {args.images} "
+                 f"in {args.data} some were replaced, added or removed; bring the data back, or "
+                 "give another --out")
     return state
 
 
@@ -531,16 +571,33 @@ def collapse(history, log_k):
     return None
 
 
+def launched():
+    """(rank, world, rank on this machine) as torchrun sets them; without RANK one process, whatever WORLD_SIZE is."""
+    if not os.environ.get("RANK"):
+        return 0, 1, 0
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"]
+    values = {name: os.environ.get(name, "") for name in names[:3 if os.environ.get("WORLD_SIZE") == "1" else 5]}
+    if torch.cuda.device_count() < 2:                               # then it decides nothing, and not all set it
+        values["LOCAL_RANK"] = values["LOCAL_RANK"] or "0"
+    wrong = [name for name, value in values.items() if not (value.isdecimal() or value and name == "MASTER_ADDR")]
+    if wrong or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        raise ValueError(f"RANK={values['RANK']} is set as by torchrun, with "
+                         + ", ".join(f"{name}={values[name]}" for name in wrong or ["WORLD_SIZE"])
+                         + "; start with torchrun, or unset RANK")
+    return tuple(int(values[name]) for name in names[:3])
+
+
 def setup_distributed():
-    """(rank, world, device). Without torchrun: one process and no process group."""
+    """(rank, world, device). One process has no process group."""
     cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda and device.index >= torch.cuda.device_count():
-        sys.exit(f"--nproc-per-node: process {device.index} has no GPU, this machine has {torch.cuda.device_count()}")
+    rank, world, local = launched()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        sys.exit(f"--nproc-per-node: process {local} has no GPU, this machine has {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(device)
+    if world == 1:
+        return rank, world, device
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart torchrun hands out the store to which the dead processes wrote their addresses, and the new
@@ -628,30 +685,44 @@ def line(r, args, total):
 
 
 def open_data(args):
-    """The images of --data, at least a batch of them; their number goes to args, which the checkpoint remembers."""
-    if args.data == "shapes":
-        source = Scenes(args.image_size, args.length)
-    elif os.path.isdir(args.data):
-        source = Pictures(list_images(args.data))
-    else:
+    """The images of --data, at least a batch of them; what tells them from others goes to args, which the checkpoint
+    remembers."""
+    shapes = args.data == "shapes"
+    if not shapes and not os.path.isdir(args.data):
         sys.exit(f"{args.data}: no such folder; --data takes a folder of images, or shapes")
-    args.images = len(source)
+    paths = [] if shapes else list_images(args.data)
+    args.images = args.length if shapes else len(paths)
     if args.images < args.batch_size:
-        way_out = "raise --length" if args.data == "shapes" else f"counted {' '.join(SUFFIXES)} in it and below"
-        sys.exit(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}; {way_out}")
-    return source
+        way_out = "raise --length" if shapes else f"counted {' '.join(SUFFIXES)} in it and below"
+        sys.exit(f"{args.data}: {counted(args.images, 'image')}, fewer than --batch-size {args.batch_size}; {way_out}")
+    # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
+    args.fingerprint = FINGERPRINT if shapes else checkpoint.fingerprint(os.path.commonpath(paths), paths)
+    return Scenes(args.image_size, args.length) if shapes else Pictures(paths)
 
 
-def open_resume(out, args, world):
+def take(out, is_main):
+    """The main process's lock on the run folder: a second run is kept out before it reads or writes anything."""
+    lock = refused = None
+    try:
+        if is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = checkpoint.lock(out)
+    except (OSError, ValueError) as error:
+        refused = f"{out}: {error.strerror}; give another --out" if isinstance(error, OSError) else str(error)
+    refused, *_ = dino.all_gather(refused)
+    if refused:
+        sys.exit(refused)
+    return lock
+
+
+def open_resume(out, args):
     """(state of the run in `out` or None, its step or 0), the same in every process."""
     resumed = read_resume(out / "checkpoint.pt", args)
     start = resumed["step"] if resumed else 0
-    views = [(start, args.images)] * world
-    if world > 1:
-        dist.all_gather_object(views, (start, args.images))
+    views = dino.all_gather((start, args.images, args.fingerprint))
     if len(set(views)) > 1:
-        sys.exit(f"{out}: (step of checkpoint.pt, images) differ between processes: {views}; every node must see "
-                 "the same --out and --data")
+        sys.exit(f"{out}: (step of checkpoint.pt, images, fingerprint) differ between processes: {views}; every node "
+                 "must see the same --out and --data")
     return resumed, start
 
 
@@ -663,28 +734,24 @@ def train(args, rank, world, device, stop):
     source = open_data(args)
     per_epoch = args.images // args.batch_size                      # the rest of an epoch is left out, as in DINO
     total, log_k = args.epochs * per_epoch, math.log(args.out_dim)
-    resumed, start = open_resume(out, args, world)
+    _lock = take(out, is_main)                                      # held until this function returns
+    resumed, start = open_resume(out, args)
     log = Log(out, is_main, start)
     log.say("shapes, embedded; the paper's recipe needs --data DIR" if args.data == "shapes" else
-            f"{args.data}, {args.images:,} images; the paper's recipe where no flag says otherwise")
+            f"{args.data}, {counted(args.images, 'image')}; the paper's recipe where no flag says otherwise")
     if start == total:
-        log.say(f"{out}: finished, {args.epochs} epochs done; nothing to do. Give another --out to train again")
+        log.say(f"{out}: finished, {counted(args.epochs, 'epoch')} done; nothing to do. "
+                "Give another --out to train again")
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"{out}: {error.strerror}; give another --out")
 
     # networks, loader
     run = Run(args, device)
     if resumed:
         run.load(resumed, out / "checkpoint.pt")
         del resumed
-    run.check_apart()
     model, run.saved = run.student, start
     if world > 1:
-        cuda_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(run.student, device_ids=cuda_ids)
+        model = DistributedDataParallel(run.student, device_ids=[device.index] if device.type == "cuda" else None)
     multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     loader = iter(DataLoader(
         Crops(source, multicrop, args.seed), batch_sampler=Batches(args.images, args, rank, world, start),
@@ -693,9 +760,10 @@ def train(args, rank, world, device, stop):
     ))
     if is_main:
         log.record(provenance(args, device, world))
-    log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {total:,} steps of "
-            f"{args.batch_size} images on {world} x {device.type}, peak lr {args.lr * args.batch_size / 256:.3g}, "
-            f"amp {args.amp}, in {out}" + f", going on from step {start:,}" * (start > 0))
+    log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {counted(total, 'step')} of "
+            f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
+            f"{args.lr * args.batch_size / 256:.3g}, amp {args.amp}, in {out}"
+            + f", going on from step {start:,}" * (start > 0))
 
     if start == 0:
         run.save(out, 0, per_epoch, is_main)
@@ -761,7 +829,7 @@ def main(argv=None):
                     sys.exit(128 + stop[0])
                 raise
     except SystemExit as error:
-        if isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)):
+        if isinstance(error.code, str) and launched()[2]:
             sys.exit(1)                                             # one process of each node says why
         raise
     finally:

@@ -199,7 +199,7 @@ class Block(nn.Module):
             return y
         keep = 1 - self.rate
         mask = torch.empty(len(y), 1, 1, device=y.device).bernoulli_(keep)      # float32: 1/keep is no bfloat16 number
-        return y * (mask / keep)
+        return (y * (mask / keep)).to(self.norm1.weight.dtype)      # of a .bfloat16() model; float32 under autocast
 
     def forward(self, x):                                           # (B, T, D)
         x = x + self.drop(self.attn(route(x, self.norm1, self.norm1_cls)))

@@ -1,21 +1,29 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as disk
 import dino
+import shapes
 import train
 import vit
 
@@ -40,7 +48,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -199,19 +207,19 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
 
 # ---- one step -------------------------------------------------------------------------------------------------------
 
-def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze):
+def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze, student_temp, clip):
     """Caron et al.'s algorithm as loops over views, pairs and parameters; returns the loss and the new centre."""
     with torch.no_grad():
         raw = [teacher([view])[0] for view in views[:2]]
         targets = [F.softmax((t - center) / temp, -1) for t in raw]
-    answers = [F.log_softmax(student([view])[0] / 0.1, -1) for view in views]
+    answers = [F.log_softmax(student([view])[0] / student_temp, -1) for view in views]
     pairs = [-(targets[q] * answers[v]).sum(-1).mean() for q in range(2) for v in range(len(views)) if v != q]
     loss = sum(pairs) / len(pairs)
     named = list(student.named_parameters())
     for (name, p), g in zip(named, torch.autograd.grad(loss, [p for _, p in named]), strict=True):
         if freeze and "last_layer" in name:
             continue
-        g = g * min(1, 3.0 / (g.norm() + 1e-6))
+        g = g * min(1, clip / (g.norm() + 1e-6))
         m, v, n = moments.get(name, (0, 0, 0))
         m, v, n = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, n + 1
         with torch.no_grad():
@@ -224,8 +232,10 @@ def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp,
     return loss.detach(), 0.9 * center + 0.1 * torch.cat(raw).mean(0, keepdim=True)
 
 
-def test_three_steps_equal_the_algorithm_written_as_loops():
-    args = train.parse_args([*TINY, "--registers", "2", "--specialize", "--center-momentum", "0.9"])
+@pytest.mark.parametrize("student_temp, clip", [(0.1, 3.0), (0.3, 0.02)])        # the defaults, and others
+def test_three_steps_equal_the_algorithm_written_as_loops(student_temp, clip):
+    args = train.parse_args([*TINY, "--registers", "2", "--specialize", "--center-momentum", "0.9",
+                             f"--student-temp={student_temp}", f"--clip-grad={clip}"])
     cpu = torch.device("cpu")
     ours, plain = train.Run(args, cpu), train.Run(args, cpu)
     start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
@@ -239,7 +249,8 @@ def test_three_steps_equal_the_algorithm_written_as_loops():
         loss, *_ = train.train_step(ours, ours.student, [batch], multicrop, step, 0, now, freeze)
         order = train.rng(train.JITTER, args.seed, step).permutation(4)
         views = multicrop.photometric(*batch, order)
-        expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now)
+        expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now,
+                                      student_temp=student_temp, clip=clip)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(ours.loss.center, center, rtol=1e-3, atol=1e-5)
     for name, p in ours.student.named_parameters():
@@ -250,6 +261,17 @@ def test_three_steps_equal_the_algorithm_written_as_loops():
         assert (p - reference).norm() <= 1e-2 * moved, name
     for (name, t), reference in zip(ours.teacher.named_parameters(), plain.teacher.parameters(), strict=True):
         torch.testing.assert_close(t, reference, rtol=0, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_teacher_is_a_copy_of_the_student_and_not_the_student(uninterrupted):
+    """One that shared memory would learn nothing, at a loss that looks alive; fresh or loaded."""
+    for resumed in (False, True):
+        model = train.Run(train.parse_args(LONG), torch.device("cpu"))
+        if resumed:
+            model.load(load(uninterrupted / "checkpoint.pt"), "checkpoint.pt")
+        places = [{p.untyped_storage().data_ptr() for p in net.parameters()} for net in (model.student, model.teacher)]
+        assert len(places[0]) == len(places[1]) == len(list(model.student.parameters()))
+        assert not places[0] & places[1]
 
 
 def test_teacher_moves_by_moving_average_alone(tmp_path):
@@ -263,13 +285,64 @@ def test_teacher_moves_by_moving_average_alone(tmp_path):
     assert not torch.equal(files[3]["teacher"]["cls_token"], files[3]["student"]["cls_token"])
 
 
-def test_prototypes_stay_during_the_first_epoch_and_move_later(tmp_path):
-    run(tmp_path, "--length", "16", "--lr", "0.01")
+@pytest.mark.parametrize("per_epoch, frozen", [(2, 1), (1, 1), (1, 2), (1, 0)])
+def test_prototypes_stay_for_just_the_epochs_that_they_should(tmp_path, per_epoch, frozen):
+    run(tmp_path, *f"--length {8 * per_epoch} --lr 0.01 --freeze-last-layer {frozen} --warmup-epochs 0".split())
     heads = [load(tmp_path / f"checkpoint_{epoch:04d}.pt")["student_head"] for epoch in range(4)]
     for name in ("last_layer.weight_g", "last_layer.weight_v"):     # nor do they decay
-        assert torch.equal(heads[0][name], heads[1][name])
-        assert not torch.equal(heads[1][name], heads[2][name])
+        assert [torch.equal(heads[e][name], heads[e + 1][name]) for e in range(3)] == [e < frozen for e in range(3)]
     assert not torch.equal(heads[0]["mlp.0.weight"], heads[1]["mlp.0.weight"])
+
+
+# a value other than the default of every flag that decides a number
+OTHER = dict(
+    length=24, image_size=24, local_size=8, local_crops=1, global_scale="0.5 1", local_scale="0.05 0.3",
+    attn="softmax", registers=1, specialize="", dim=16, depth=1, heads=1, patch_size=4, drop_path=0.5,
+    out_dim=32, hidden_dim=16, bottleneck_dim=8, norm_last_layer="", student_temp=0.2, teacher_temp=0.05,
+    warmup_teacher_temp=0.05, warmup_teacher_temp_epochs=0, center_momentum=0.7, epochs=3, batch_size=4, lr=4e-3,
+    min_lr=1e-3, warmup_epochs=0, weight_decay=0.1, weight_decay_end=0.3, clip_grad=0.01, freeze_last_layer=0,
+    momentum=0.9, seed=1, amp="bf16",
+)
+SAME_NUMBERS = set("data arch workers accum no_fused compile out save_every save_steps log_every".split())
+
+
+def test_every_flag_has_an_effect_on_training():
+    base = [*TINY, *"--length 16 --epochs 2 --warmup-teacher-temp-epochs 2 --teacher-temp 0.07".split()]
+    assert OTHER.keys() | SAME_NUMBERS == train.plain(train.parse_args(base)).keys()
+
+    def trained(*flags):
+        state = run("_".join(["run", *flags]), *flags, base=base)
+        return dict(leaves({key: state[key] for key in ("student", "teacher", "student_head", "center")}))
+
+    plain, idle = trained(), []
+    for name, value in OTHER.items():
+        other = trained(train.flag(name), *str(value).split())
+        if plain.keys() == other.keys() and all(torch.equal(x, other[path]) for path, x in plain.items()):
+            idle.append(name)
+    assert idle == []
+
+
+def test_pretraining_sees_the_train_scenes():
+    images, scenes = train.Scenes(32, 6).images, [shapes.Shapes(split, 32, 6) for split in ("train", "val")]
+    assert all(torch.equal(images[i], scenes[0][i]["image"]) for i in range(6))
+    assert not any(torch.equal(x, scenes[1][i]["image"]) for x in images for i in range(6))
+
+
+def test_stochastic_depth_is_another_in_every_step_micro_batch_and_process(monkeypatch):
+    args, drawn, honest = train.parse_args([*TINY, "--drop-path", "0.5", "--accum", "2"]), [], vit.Block.drop
+
+    def drop(self, y):
+        dropped = honest(self, y)
+        if self.rate:
+            drawn.append(tuple((dropped != 0).flatten(1).any(1).tolist()))
+        return dropped
+
+    monkeypatch.setattr(vit.Block, "drop", drop)
+    model, now = train.Run(args, torch.device("cpu")), dict(lr=0, wd=0, momentum=1, temp=0.05)
+    for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        train.train_step(model, model.student, micro_batches(args), multicrop_of(args), step, rank, now, False)
+    calls = 2 * 2 * 2                                               # branches, sizes, micro-batches
+    assert drawn[:calls] == drawn[3 * calls:] and len(set(drawn[:3 * calls])) == 3 * calls
 
 
 def test_every_parameter_that_can_learn_gets_a_gradient(tmp_path):
@@ -282,9 +355,15 @@ def test_every_parameter_that_can_learn_gets_a_gradient(tmp_path):
 
 
 def test_student_learns_a_teacher_that_stands_still(tmp_path):
-    run(tmp_path, *"--length 8 --epochs 60 --save-every 60 --lr 0.1 --momentum 1 --center-momentum 1".split())
-    first, *_, last = records(tmp_path)
-    assert last["loss"] < 0.6 * first["loss"] < 0.6 * math.log(64)
+    """What it can learn is the divergence; the rest of the loss is the teacher's entropy, which its weights decide: so
+    over three of them."""
+    flags = "--length 8 --epochs 60 --save-every 60 --lr 0.1 --momentum 1 --center-momentum 1 --seed".split()
+    kl = []
+    for seed in "012":
+        run(tmp_path / seed, *flags, seed)
+        kl.append([r["kl"] for r in records(tmp_path / seed)])
+    kl = np.mean(kl, 0)
+    assert len(kl) == 60 and kl[-5:].mean() < 0.6 * kl[0]
 
 
 @pytest.mark.parametrize("flags", ["--attn softmax", "--attn softmax --registers 4", "--attn softmax --specialize",
@@ -305,6 +384,74 @@ def test_bf16_autocast_starts_where_float32_does(tmp_path):
         first[amp] = records(tmp_path / amp)[0]
     assert first["bf16"]["loss"] != first["off"]["loss"]
     assert first["bf16"]["loss"] == pytest.approx(first["off"]["loss"], rel=0.02)
+
+
+def micro_batches(args, step=0, source=None):
+    """The crops of a step of `args` on the embedded data, as the loop hands them on."""
+    crops = train.Crops(source or train.Scenes(args.image_size, args.batch_size), multicrop_of(args), args.seed)
+    order = train.Batches(args.batch_size, args, 0, 1, step)
+    return [train.collate([crops[key] for key in keys])[:-1] for keys in itertools.islice(order, args.accum)]
+
+
+def multicrop_of(args):
+    return dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+
+
+def steps(model, args, number, network=None, start=0):
+    """(loss, gradient norm) of steps without the loop."""
+    now = dict(lr=1e-3, wd=0.1, momentum=0.9, temp=0.05)
+    return [torch.stack(train.train_step(model, network or model.student, micro_batches(args, step), multicrop_of(args),
+                                         step, 0, now, False)[:2]).tolist() for step in range(start, start + number)]
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_networks_in_ddp_compute_what_plain_ones_do(monkeypatch, one_process_group):
+    """With stochastic depth and accumulation, in a graph that DDP cuts into several buckets. Not by Inductor, which
+    takes half a minute and draws other random numbers: see test_faults.py."""
+    flags = "--dim 128 --depth 3 --drop-path 0.5 --accum 2 --clip-grad 0".split()
+    plain = train.parse_args([*TINY, *flags])
+    honest, graphs = nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: honest(self, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)        # torch's default
+    torch._dynamo.reset()
+    first = {}
+    for args in (plain, train.parse_args([*TINY, *flags, "--compile"])):
+        model = train.Run(args, torch.device("cpu"))
+        (first[args.compile],) = steps(model, args, 1, DistributedDataParallel(model.student, bucket_cap_mb=1))
+    torch._dynamo.reset()
+    assert len(graphs) > 3                                          # more than one for each network and size
+    assert first[True] == pytest.approx(first[False], rel=1e-4)
+
+
+def test_a_half_precision_student_trains_with_stochastic_depth():
+    args = train.parse_args([*TINY, "--drop-path", "0.5"])
+    student = train.Run(args, torch.device("cpu")).student.bfloat16()
+    logits = student([torch.randn(8, 3, 32, 32, dtype=torch.bfloat16)])
+    logits.float().square().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_autocast_does_not_round_the_branches_that_stochastic_depth_scales():
+    block = train.Run(train.parse_args([*TINY, "--drop-path", "0.3"]), torch.device("cpu")).student.backbone.blocks[-1]
+    y = torch.randn(64, 5, 32).bfloat16()                           # as a linear layer gives it under autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        dropped = block.drop(y)
+    assert dropped.dtype == torch.float32
+    kept = dropped[:, 0, 0] != 0
+    assert 0 < kept.sum() < 64
+    torch.testing.assert_close(dropped[kept], y[kept].float() / 0.7, rtol=2e-7, atol=0)
 
 
 # ---- processes and micro-batches ------------------------------------------------------------------------------------
@@ -480,22 +627,104 @@ def test_finished_run_says_so_and_touches_nothing(uninterrupted, capsys):
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
 
 
-@pytest.mark.parametrize("flags, old, new", [
-    ("--lr 0.5", "0.008", "0.5"), ("--attn softmax", "entmax15", "softmax"), ("--seed 3", "0", "3"),
-    ("--epochs 9", "3", "9"), ("--registers 0", "2", "0"), ("--length 64", "128", "64"),
-    ("--local-scale 0.1 0.4", "[0.05, 0.4]", "[0.1, 0.4]"),
+@pytest.mark.parametrize("flags, way", [
+    ("--lr 0.5", "with --lr 0.008"), ("--attn softmax", "with --attn entmax15"), ("--seed 3", "with --seed 0"),
+    ("--length 64", "with --length 128"), ("--local-scale 0.1 0.4", "with --local-scale 0.05 0.4"),
+    ("--norm-last-layer --compile", "without --compile or --norm-last-layer"),
+    ("--arch tiny", "without --arch"),
+    ("--workers 3 --epochs 9 --norm-last-layer --lr 1 --global-scale 0.5 1 --save-steps 3",
+     "with --epochs 3 --global-scale 0.4 1.0 --lr 0.008, without --norm-last-layer"),
 ])
-def test_changed_flag_is_refused_with_both_values(uninterrupted, capsys, flags, old, new):
+def test_all_changed_flags_are_refused_in_one_line_that_can_be_pasted(uninterrupted, capsys, flags, way):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
     assert exits([*LONG, "--out", uninterrupted, *flags.split()]) == (2, "")
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert f"{flags.split()[0]} was {old} in {uninterrupted / 'checkpoint.pt'} and is {new} now" in message
+    assert capsys.readouterr().err == (f"train.py: error: {uninterrupted / 'checkpoint.pt'}: begun with other flags; "
+                                       f"go on {way}, or give another --out\n")
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
+    if "without" not in way:                                        # pasted behind what was typed
+        train.main([*LONG, "--out", str(uninterrupted), *flags.split(), *way.split()[1:]])
+
+
+def test_a_flag_that_the_run_had_and_its_path_with_spaces_are_given_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Run", lambda *args: pytest.fail("trained"))
+    args = train.parse_args([*TINY, "--data", str(tmp_path / "two words"), "--norm-last-layer"])
+    args.images, args.fingerprint = 32, "scenes 1"
+    state = {name: kind() for name, kind in train.CHECKPOINT.items() if kind is not torch.Tensor}
+    torch.save(dict(state, center=torch.zeros(1), args=train.plain(args)), tmp_path / "checkpoint.pt")
+    assert exits([*TINY, "--out", tmp_path]) == (2, "")
+    message = capsys.readouterr().err
+    assert f"--data '{tmp_path}/two words'" in message and " --norm-last-layer " in message
+
+
+def test_resume_goes_on_with_the_flags_of_the_run(tmp_path, uninterrupted, capsys, monkeypatch):
+    honest = train.train_step
+
+    def struck(run, model, micro_batches, multicrop, step, *rest, **kw):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", struck)
+        assert exits([*LONG, "--out", tmp_path / "run", "--save-steps", "1000"]) == (128 + signal.SIGTERM, "")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    train.main(["--resume", str(moved), "--log-every", "1"])
+    assert "going on from step 7\n" in capsys.readouterr().out
+    state = load(moved / "checkpoint.pt")
+    assert_as_uninterrupted(moved, uninterrupted, state)
+    wanted = load(uninterrupted / "checkpoint.pt")["args"]
+    assert state["args"] == dict(wanted, out=str(moved), save_steps=1000)
+
+
+@pytest.mark.parametrize("flags, status, message", [
+    ("--lr 0.5", 2, "go on with --lr 0.008, or give"),
+    ("--data DIR", 2, "go on with --"),                             # whose recipe is another, too
+    ("--out other", 2, "drop --out other"),
+    ("--workers 2 --log-every 9 --save-every 1", None, "finished, 3 epochs done"),
+])
+def test_what_may_be_given_beside_resume(uninterrupted, capsys, flags, status, message):
+    Path("DIR").mkdir()
+    for i in range(128):
+        Path("DIR", f"{i}.png").touch()
+    if status is None:
+        train.main(["--resume", str(uninterrupted), *flags.split()])
+    else:
+        assert exits(["--resume", uninterrupted, *flags.split()]) == (status, "")
+    text = capsys.readouterr()
+    assert message in (text.out + text.err).splitlines()[-1]
+
+
+@pytest.mark.parametrize("run", ["none", "empty"])
+def test_resume_of_what_is_no_run_is_one_line(tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    assert exits(["--resume", run]) == (1, f"{run}: holds no checkpoint.pt; --resume takes the folder of a run that "
+                                           "has begun")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_flags_that_decide_no_number_may_change(uninterrupted):
     train.main([*LONG, "--out", str(uninterrupted), *"--workers 3 --log-every 7 --save-every 2 --save-steps 9".split()])
+
+
+def test_a_second_run_in_the_same_folder_is_kept_out_and_changes_nothing(tmp_path):
+    """A requeued job whose first life is not over, `srun -n 2 python train.py`."""
+    out = tmp_path / "run"
+    command = [sys.executable, SCRIPT, *LONG, "--epochs", "40", "--out", out]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (out / "log.jsonl").exists() or not records(out):
+            assert first.poll() is None
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)                           # so that nothing but the second can write
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        status, message = exits(["--resume", out])
+        assert status == 1 and message == (f"{out}: another process is writing there; wait for it, stop it, or give "
+                                           "another --out")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    finally:
+        first.kill()
+        first.wait()
+    train.take(out, is_main=True).close()                           # what a killed process leaves keeps nobody out
 
 
 def test_a_log_line_cut_short_does_not_stop_a_resume(tmp_path):
@@ -550,6 +779,16 @@ def test_file_0000_holds_the_initial_weights(uninterrupted):
     assert not differing(state, {"student": state["teacher"], "student_head": state["teacher_head"]},
                          keys=["student", "student_head"])
     assert state["epoch"] == state["step"] == 0 and not state["center"].any()
+
+
+def test_numbered_files_of_more_than_9999_epochs(tmp_path):
+    args = train.parse_args([*TINY, *"--epochs 20000 --save-every 5".split()])
+    model = train.Run(args, torch.device("cpu"))
+    for epoch in (0, 9_995, 9_999, 10_000, 20_000):                 # 9,999 is not due
+        model.save(tmp_path, 3 * epoch, 3, is_main=True)
+    found = {path.name: load(path)["epoch"] for path in tmp_path.glob("checkpoint_*")}
+    assert found == {"checkpoint_0000.pt": 0, "checkpoint_9995.pt": 9_995, "checkpoint_10000.pt": 10_000,
+                     "checkpoint_20000.pt": 20_000}
 
 
 def test_load_backbone_reads_both_networks(uninterrupted):
@@ -607,6 +846,63 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
     assert {r["step"] for r in records(tmp_path)} <= set(range(1, 7))
 
 
+@pytest.fixture
+def fp16():
+    """() -> (args, Run) of a run in half precision, whose loss scale grows after two good steps. The command line wants
+    CUDA for it; torch can do it on a CPU, too."""
+    def start():
+        args = train.parse_args([*TINY, "--clip-grad", "0.5", "--epochs", "9"])
+        args.amp, args.images, args.fingerprint = "fp16", 32, "scenes"
+        model = train.Run(args, torch.device("cpu"))
+        assert model.scaler.is_enabled()
+        model.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        return args, model
+    return start
+
+
+def test_fp16_computes_what_float32_does_whatever_the_scale(fp16):
+    args, model = fp16()
+    plain = train.parse_args([*TINY, "--clip-grad", "0.5", "--epochs", "9"])
+    ((loss, norm),) = steps(train.Run(plain, torch.device("cpu")), plain, 1)
+    ((half_loss, half_norm),) = steps(model, args, 1)
+    assert half_loss != loss and half_loss == pytest.approx(loss, rel=5e-3)
+    assert half_norm == pytest.approx(norm, rel=5e-2)               # as it was before scaling
+    assert model.scaler.get_scale() == 2
+    moments = [state["exp_avg"].norm() for state in model.optimizer.state.values()]
+    assert max(moments) == pytest.approx(0.1 * 0.5, rel=1e-3)       # clipped after the scale was taken out
+
+
+def test_fp16_scale_grows_and_a_step_that_overflows_is_skipped(fp16, tmp_path):
+    args, model = fp16()
+    steps(model, args, 2)
+    assert model.scaler.get_scale() == 4
+    student, center = [p.clone() for p in model.student.parameters()], model.loss.center.clone()
+    hook = model.student.head.mlp[0].weight.register_hook(lambda g: g * math.inf)
+    steps(model, args, 1, start=2)
+    hook.remove()
+    assert model.scaler.get_scale() == 2
+    assert all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
+    assert {int(state["step"]) for state in model.optimizer.state.values()} == {2}
+    model.check(tmp_path)                                           # nothing to stop for
+    steps(model, args, 1, start=3)
+    assert not all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
+    assert not torch.equal(model.loss.center, center)
+
+
+def test_fp16_run_goes_on_from_its_checkpoint_bit_for_bit(fp16, tmp_path):
+    args, model = fp16()
+    steps(model, args, 3)                                           # grown once, and half of the next wait is over
+    model.save(tmp_path, 3, 4, is_main=True)
+    expected = steps(model, args, 3, start=3)
+    state = load(tmp_path / "checkpoint.pt")
+    assert state["scaler"]["scale"] == 4 and state["scaler"]["_growth_tracker"] == 1
+    args, again = fp16()
+    again.load(state, tmp_path / "checkpoint.pt")
+    assert steps(again, args, 3, start=3) == expected
+    assert not differing(model.state(6, 1), again.state(6, 1), keys=(*TRAINED, "scaler"))
+    assert model.scaler.get_scale() == 16
+
+
 def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
     """The scaler halves its scale in a step that overflows, and skips it; below 1 there is nothing left to try."""
     model = train.Run(train.parse_args(TINY), torch.device("cpu"))
@@ -620,18 +916,6 @@ def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
     with pytest.raises(SystemExit, match="loss scale fell below 1.*--amp bf16"):
         model.check(tmp_path)
     assert model.student.backbone.cls_token.isfinite().all()
-
-
-def test_student_that_is_its_own_teacher_is_refused(tmp_path, monkeypatch):
-    honest = train.Run.__init__
-
-    def planted(self, args, device):
-        honest(self, args, device)
-        self.teacher.backbone.blocks[1].mlp = self.student.backbone.blocks[1].mlp
-    monkeypatch.setattr(train.Run, "__init__", planted)
-    status, message = exits([*TINY, "--out", tmp_path / "run"])
-    assert status == 1 and "student and teacher share memory" in message
-    assert not list(tmp_path.glob("run/*.pt"))
 
 
 # ---- log ------------------------------------------------------------------------------------------------------------
@@ -654,6 +938,27 @@ def test_log_carries_what_reveals_failure(uninterrupted):
         assert {key: r[key] for key in now} == now
     final = load(uninterrupted / "checkpoint.pt")
     assert steps[-1]["center"] == pytest.approx(final["center"].norm().item())
+
+
+def test_log_lines_between_which_steps_lie(tmp_path, uninterrupted, monkeypatch):
+    """A clock that ticks once a step: eight images per second, and as many seconds left as steps."""
+    ticks, honest = [0.0], train.train_step
+
+    def ticking(*args, **kw):
+        ticks[0] += 1
+        return honest(*args, **kw)
+
+    monkeypatch.setattr(train, "train_step", ticking)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: ticks[0]))
+    run(tmp_path, "--log-every", "10", base=LONG)
+    log, every = records(tmp_path), records(uninterrupted)
+    assert [r["step"] for r in log] == [1, 10, 16, 20, 30, 40, 48]
+    for before, r in zip([0, 1, 10, 16, 20, 30, 40], log, strict=True):
+        step, last = r["step"], every[r["step"] - 1]
+        assert r["loss"] == pytest.approx(np.mean([every[i]["loss"] for i in range(before, step)]), rel=1e-6)
+        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "center")    # of the step
+        assert {key: r[key] for key in same} == {key: last[key] for key in same}
+        assert (r["epoch"], r["images_per_s"], r["eta_s"]) == (step / 16, 8, 48 - step)
 
 
 def test_support_is_the_share_of_nonzero_weights(tmp_path):
@@ -684,6 +989,15 @@ def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
     train.Log(tmp_path, True, 8).record({"step": 9}, "step 9")
     assert path.read_text().splitlines() == [*lines[:4], '{"step": 9}']
     assert capsys.readouterr().out == "step 9\n"                    # no terminal: a plain line
+
+
+def test_one_of_a_thing_is_singular(tmp_path, capsys):
+    flags = "--length 8 --epochs 1 --warmup-epochs 0".split()
+    for _ in range(2):
+        run(tmp_path, *flags)
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: finished, 1 epoch done;" in text and ", 1 step of 8 images on 1 x cpu" in text
+    assert [train.counted(n, "process") for n in (1, 2000)] == ["1 process", "2,000 processes"]
 
 
 def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
@@ -756,6 +1070,15 @@ def test_flat_folder_without_train(tmp_path):
     for name in ("b.png", "a.jpeg", "c.txt", "d"):
         (tmp_path / name).touch()
     assert train.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    for name in (".cache/set/a/x.png", ".cache/set/a/._x.png", ".cache/set/.ipynb_checkpoints/x-checkpoint.png",
+                 ".cache/set/.Trash/a/y.png", ".cache/set/.hidden.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / ".cache/set"                                  # what lies above the folder does not matter
+    assert train.list_images(str(root)) == [str(root / "a/x.png")]
 
 
 def test_loops_of_links_end_and_links_count(tmp_path):
@@ -844,14 +1167,14 @@ def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_ove
     reads = train.Reads()
     reads.add(good, [f"{i:03d}.jpg" for i in range(bad)])
     if stops:
-        with pytest.raises(SystemExit, match=f"000.jpg.*{bad} unreadable files; {bad} of {good + bad} reads.*1 %"):
+        with pytest.raises(SystemExit, match=f"000.jpg.*{bad} unreadable files?; {bad} of {good + bad} reads.*1 %"):
             reads.report(Said(), epoch_over)
     else:
         assert reads.report(Said(), epoch_over) == bad
 
 
 def draw_folder(root, good, bad):
-    root.mkdir()
+    root.mkdir(parents=True)
     for i in range(good):
         Image.effect_noise((24, 24), 60).convert("RGB").save(root / f"{i:03d}.jpg")
     for i in range(bad):
@@ -877,12 +1200,71 @@ def test_few_bad_files_are_named_counted_and_training_goes_on(tmp_path, capsys):
     assert not differing(state, run(tmp_path / "again", "--data", str(root), "--workers", "0", base=FOLDER))
 
 
-def test_another_number_of_images_is_refused(tmp_path):
-    root = draw_folder(tmp_path / "images", 16, 0)
-    run(tmp_path / "run", "--data", str(root), "--workers", "0", base=FOLDER)
-    os.remove(root / "003.jpg")
-    status, message = exits([*FOLDER, "--data", root, "--out", tmp_path / "run", "--workers", "0"])
-    assert status == 1 and "trained on 16 images" in message and f"{root} holds 15 now" in message
+@pytest.fixture
+def trained(tmp_path):
+    """(run folder, its data) of a run that has ended."""
+    root, out = draw_folder(tmp_path / "a/images", 16, 0), tmp_path / "run"
+    run(out, "--data", str(root), "--workers", "0", base=FOLDER)
+    return out, root
+
+
+def go_on(out, root, *flags):
+    """(exit status, message), (None, "") of a run that was finished."""
+    try:
+        train.main([*FOLDER, "--data", str(root), "--out", str(out), *flags])
+    except SystemExit as stop:
+        return (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+    return None, ""
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "added", "renamed"])
+def test_other_pictures_are_refused(trained, change):
+    out, root = trained
+    content = bytearray((root / "003.jpg").read_bytes())
+    content[-9] ^= 1                                                # of the same size
+    dict(replaced=lambda: (root / "003.jpg").write_bytes(content), removed=(root / "003.jpg").unlink,
+         added=lambda: (root / "z.jpg").write_bytes(content), renamed=lambda: (root / "003.jpg").rename(root / "z.jpg")
+         )[change]()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, message = go_on(out, root)
+    images = 16 + dict(removed=-1, added=1).get(change, 0)
+    assert status == 1 and message == (
+        f"{out / 'checkpoint.pt'}: trained on 16 images of {root}; of the {images} in {root} some were replaced, "
+        "added or removed; bring the data back, or give another --out")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_data_may_move_and_two_folders_of_one_name_do_not_mix(trained, tmp_path, capsys):
+    out, root = trained
+    shutil.copytree(root, tmp_path / "scratch/123/train")           # with a train/ around them
+    (root / "._003.jpg").touch()                                    # no picture: changes nothing
+    assert go_on(out, tmp_path / "scratch/123") == go_on(out, root, "--workers", "1") == (None, "")
+    train.main(["--resume", str(out), "--data", str(tmp_path / "scratch/123/train")])
+    other = draw_folder(tmp_path / "b/images", 16, 0)
+    flags = [train.parse_args([*FOLDER, "--data", str(folder)]) for folder in (root, other)]
+    assert flags[0].out == flags[1].out == "runs/images_softmax_s0"
+    status, message = go_on(out, other)
+    assert status == 1 and f"trained on 16 images of {root}; of the 16 in {other} some were" in message
+
+
+def test_a_checkpoint_from_before_fingerprints_goes_on_if_path_and_count_agree(trained, tmp_path, capsys):
+    out, root = trained
+    state = load(out / "checkpoint.pt")
+    assert state["args"].pop("fingerprint") == disk.fingerprint(root, sorted(root.iterdir()))
+    torch.save(state, out / "checkpoint.pt")
+    assert go_on(out, root) == (None, "")
+    shutil.copytree(root, tmp_path / "copy")
+    assert go_on(out, tmp_path / "copy") == (2, "")
+    assert f"go on with --data {root}, or" in capsys.readouterr().err
+    (root / "003.jpg").unlink()
+    assert go_on(out, root)[0] == 1
+
+
+def test_the_embedded_data_have_a_fingerprint_too(uninterrupted, monkeypatch):
+    assert load(uninterrupted / "checkpoint.pt")["args"]["fingerprint"] == shapes.FINGERPRINT
+    monkeypatch.setattr(train, "FINGERPRINT", "scenes of another version")
+    status, message = exits([*LONG, "--out", uninterrupted])
+    assert status == 1 and "some were replaced" in message
 
 
 def test_many_bad_files_stop_the_run_at_the_end_of_the_first_epoch(tmp_path, capsys):
@@ -897,7 +1279,7 @@ def test_many_bad_files_stop_the_run_at_the_end_of_the_first_epoch(tmp_path, cap
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
-    ("--batch-size 10 --accum 4", "--batch-size 10 is not divisible by 1 processes x --accum 4"),
+    ("--batch-size 10 --accum 4", "--batch-size 10 is not divisible by 1 process x --accum 4"),
     ("--image-size 60", "--image-size 60 is not a multiple of --patch-size 8"),
     ("--local-size 30", "--local-size 30 is not a multiple of --patch-size 8"),
     ("--attn sparsemax", "invalid choice: 'sparsemax'"),
@@ -936,10 +1318,48 @@ def test_usage_errors_are_one_line(capsys, flags, message):
 
 
 def test_batch_is_divided_among_processes(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0", MASTER_ADDR="host", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         train.parse_args(["--batch-size", "32", "--accum", "2"])
     assert "--batch-size 32 is not divisible by 3 processes x --accum 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", ["3", "", "many"])
+def test_a_world_size_left_over_without_a_rank_is_one_process(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    for rank in (None, ""):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        assert train.parse_args(["--batch-size", "32"]).batch_size == 32
+        assert train.setup_distributed()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("environment, named", [
+    ("RANK=0", "WORLD_SIZE=, "), ("RANK=0 WORLD_SIZE=2", "MASTER_PORT=, MASTER_ADDR="),
+    ("RANK=x WORLD_SIZE=1", "RANK=x"),
+    ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "MASTER_ADDR="), ("RANK=1 WORLD_SIZE=1", "WORLD_SIZE=1"),
+    ("RANK=0 WORLD_SIZE=two MASTER_ADDR=localhost MASTER_PORT=1", "WORLD_SIZE=two"),
+    ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=-1", "LOCAL_RANK=-1"),
+])
+def test_half_an_environment_of_torchrun_is_named(monkeypatch, capsys, environment, named):
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    assert exits([]) == (2, "")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: RANK=" in last and named in last and "start with torchrun, or unset RANK" in last
+
+
+@pytest.mark.parametrize("cards, local", [(0, 0), (1, 0), (4, None)])
+def test_a_launcher_of_one_process_per_machine_may_leave_out_the_local_rank(monkeypatch, cards, local):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    for name, value in dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="node0", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    if local is None:                                               # which card, cannot be known
+        with pytest.raises(ValueError, match="LOCAL_RANK=; start"):
+            train.launched()
+    else:
+        assert train.launched() == (3, 4, local)
 
 
 @pytest.mark.parametrize("flags, message", [
