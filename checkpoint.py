@@ -503,7 +503,10 @@ def lock(folder):
         return None
     import fcntl  # not at the top: Windows has none
 
-    file = open(Path(folder, ".lock"), "a")  # noqa: SIM115
+    try:
+        file = open(Path(folder, ".lock"), "a")  # noqa: SIM115
+    except OSError:                                                 # not writable: nobody will write there
+        return None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of the process: its workers do not inherit it
     except (BlockingIOError, PermissionError) as error:

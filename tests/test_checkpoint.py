@@ -533,7 +533,7 @@ def test_no_result_is_overwritten_by_another_protocols(tmp_path, capsys, other):
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
         again, finished = disk.claim(None, default, result)
         assert again == path and finished["metrics"] == {"miou": i}
-    name = "random" if "weights" in other else [*other][0]
+    name = {"heads": "config", "weights": "which"}.get([*other][0], [*other][0])
     assert re.search(rf"holds a result with .*{name}.*; this one goes to w.seg.voc.\w+.json", capsys.readouterr().out)
     with pytest.raises(ValueError, match=f"{default}: holds a result .*{name}.*; give another --out"):
         disk.claim(str(default), None, results[1])
@@ -606,7 +606,7 @@ def test_noted_signals_work_in_a_thread_without_noting():
     assert said == [[]]
 
 
-HOLD = "import sys, checkpoint; keep = disk.lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys, checkpoint; keep = checkpoint.lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):

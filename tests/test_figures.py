@@ -238,7 +238,7 @@ def test_every_flag_reaches_the_picture(tmp_path, checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     state["student"] = {key: value + 0.1 * torch.randn(value.shape) for key, value in state["teacher"].items()}
     torch.save(state, checkpoint)
-    plain = dataclasses.replace(CONFIG, dim=64, heads=4, attn="softmax")
+    plain = dataclasses.replace(CONFIG, dim=192, heads=4, attn="softmax")
     torch.save(vit.VisionTransformer(plain).state_dict(), "bare.pt")
     image = Shapes("val", 32, 1)[0]["image"]
 

@@ -936,15 +936,15 @@ def test_other_depths_under_the_same_names_are_another_result(tmp_path, coarse, 
 
 
 def test_heads_of_a_foreign_file_are_given(tmp_path, few_scenes, capsys):
-    model = vit.VisionTransformer(dataclasses.replace(CONFIG, dim=64, registers=0))
+    model = vit.VisionTransformer(dataclasses.replace(CONFIG, dim=192, registers=0))
     torch.save(model.state_dict(), "foreign.pt")
     rmse = {}
-    for flags, heads in (([], 1), (["--heads", 4], 4)):
+    for flags, heads in (([], 3), (["--heads", 4], 4)):
         run("--weights", "foreign.pt", "--iters", 2, "--batch-size", 2, *flags, "--out", f"{heads}.json")
         found = result(capsys, f"{heads}.json")
         assert found["config"]["heads"] == heads
         rmse[heads] = found["metrics"]["rmse"]
-    assert rmse[1] != rmse[4]
+    assert rmse[3] != rmse[4]
 
 
 def test_head_of_a_seed_is_that_of_a_probe_alone(few_scenes, fine, monkeypatch, capsys):

@@ -1039,9 +1039,9 @@ def test_saved_pictures_are_the_first_of_val(tmp_path, checkpoint, capsys):
 
 
 def test_heads_of_a_file_that_does_not_say(few_scenes, tmp_path, checkpoint, capsys):
-    config = dataclasses.replace(CONFIG, dim=64, heads=2, attn="softmax", registers=0)
+    config = dataclasses.replace(CONFIG, dim=192, heads=3, attn="softmax", registers=0)
     torch.save(vit.VisionTransformer(config).state_dict(), tmp_path / "bare.pt")
-    for flags, heads in (([], 1), (["--heads", "2"], 2)):
+    for flags, heads in (([], 3), (["--heads", "2"], 2)):
         r, _ = run(capsys, tmp_path, str(tmp_path / "bare.pt"), "shapes", *flags, out=f"heads{heads}")
         assert r["config"]["heads"] == heads
         probe_seg.main(["--weights", "bare.pt", "--iters", "1", *flags])        # the second finds the first's result
