@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ import numpy as np
 import torch
 
 import vit
+
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}      # of --amp
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
@@ -262,6 +265,61 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line of the probes: weights in, result out
+
+def add_flags(p, probe):
+    """The flags that all probes share, for parser `p`."""
+    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
+                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
+    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
+    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64: DINO's")
+    p.add_argument("--seed", type=int, default=0, help="of all that is random, and of --weights random")
+    p.add_argument("--amp", choices=list(PRECISION), help="of the frozen forward; default bf16 on CUDA, off on CPU")
+    p.add_argument("--workers", type=int, help="loader processes")
+    p.add_argument("--out", help=f"result file; default <weights without .pt>.{probe}.<data>.json")
+
+
+def check_flags(p, args, positive="", natural=""):
+    """Refuse what cannot run, list the checkpoints, choose the precision. `positive`, `natural`: further flags that
+    must be at least 1 or 0."""
+    for names, least in ((f"heads {positive}", 1), (f"workers seed {natural}", 0)):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and value < least:
+                p.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
+    if args.like and args.weights != ["random"]:
+        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
+    try:
+        args.weights = list_checkpoints(args.weights)
+    except OSError as error:
+        sys.exit(str(error))
+    if args.out and len(args.weights) > 1:
+        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
+    if args.amp is None:
+        args.amp = "off"
+        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
+            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(device, amp):
+    """Context of a frozen forward with --amp."""
+    return torch.autocast(device.type, PRECISION[amp], enabled=amp != "off")
+
+
+@contextlib.contextmanager
+def one_line(path):
+    """What goes wrong with the weights or the data of `path` ends the program with a line that names it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")     # after a loader worker's traceback
+        sys.exit(line if ": " in line else f"{path}: {line}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data: which pictures and labels a number belongs to
 
 def fingerprint(root, pictures, labels=()):
@@ -349,6 +407,11 @@ def claim(out, default, result):
         digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode(), digest_size=4).hexdigest()
         print(f"{path}: holds a result with {cause}; this one goes to {path.with_suffix(f'.{digest}.json').name}")
         path = path.with_suffix(f".{digest}.json")
+
+
+def mean_sd(values):
+    """(mean, sample standard deviation or None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def say_finished(path, finished):

@@ -45,22 +45,29 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNe
 
 
 def read_image(path):
-    """PIL image in mode RGB from any file Pillow can read; transparency is ignored.
+    """PIL image in mode RGB from any file Pillow can read; transparency is ignored. ValueError names one it cannot.
 
     Of 16 bits the upper 8 are kept. If no value reaches 2**14, it is a dark picture or, more often, one of 8 to 14 bits
     in a file of 16, which would come out dark or black: refused, as are 32-bit values that no 16 bits hold and floats,
-    for which no rule says what is white. ValueError says so.
+    for which no rule says what is white.
     """
-    with Image.open(path) as image:
-        wide = image.mode.startswith("I") or re.search(";16[BLN]", str(image.tile))         # RGB;16B: of the file
-        if image.mode == "F":
-            raise ValueError("float values, of which none is known to be white; convert it to 8 bits")
-        if image.mode.startswith("I"):                              # convert() would clip at 255
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"values {values.min()} to {values.max()} are no 16 bits; convert it to 8 bits")
-            image = Image.fromarray((values >> 8).astype(np.uint8))         # what Pillow itself does with colour
-        image = image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:                                      # Pillow raises half a dozen types, mostly unnamed
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+def to_rgb(image):
+    wide = image.mode.startswith("I") or re.search(";16[BLN]", str(image.tile))     # RGB;16B: of the file
+    if image.mode == "F":
+        raise ValueError("float values, of which none is known to be white; convert it to 8 bits")
+    if image.mode.startswith("I"):                                  # convert() would clip at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()} are no 16 bits; convert it to 8 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))     # what Pillow itself does with colour
+    image = image.convert("RGB")
     if wide and np.asarray(image).max() < 2**14 >> 8:
         raise ValueError("16-bit values that stay below 2**14: dark, or fewer bits in a file of 16; convert it to "
                          "8 bits")

@@ -242,10 +242,7 @@ def open_images(args, size, patch):
         return [(f"scene {i}", scenes[i]["image"]) for i in range(args.count)]
     images = []
     for path in args.images:
-        try:
-            picture = vit.read_image(path)
-        except Exception as error:                                  # Pillow's own messages mostly lack the name
-            raise ValueError(f"{path}: unreadable ({error}); give the names of pictures") from error
+        picture = vit.read_image(path)
         picture = picture.resize(whole_patches(*picture.size, size, patch), Image.Resampling.BICUBIC)
         images.append((Path(path).name, torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
     return images
