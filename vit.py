@@ -10,7 +10,8 @@ The four methods are three fields of one config and compose freely:
     model = checkpoint.load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
     cls, registers, patches = model.features(normalize(images), blocks=[-1])[0]
 
-Parameters carry the names of the official DINO code, so its weights load here and ours load there.
+Parameters carry the names of the official DINO code, so its weights load here and ours load there. `plain_vit` in
+tests/test_vit.py is the same network as bare formulas, one image and one token at a time.
 
 References
     ViT               Dosovitskiy et al. 2021, arXiv 2010.11929
