@@ -64,20 +64,7 @@ def load_backbone(path, which="teacher", device="cpu", heads=None):
             model = vit.VisionTransformer(config).float().requires_grad_(False).eval()
     except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:    # an unknown field; no shape
         raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
-    expected = model.state_dict()
-    misfits = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [key for key in state if key not in expected],
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in expected
-                             if key in state and state[key].shape != expected[key].shape],
-    }
-    if any(misfits.values()):
-        raise ValueError(f"{path}: the weights do not fit the model: "
-                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys)
-                         + advice(misfits["unexpected"]))
-    bad = [key for key in expected if not state[key].float().isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
+    refuse_misfits(path, state, model.state_dict())
     model.to_empty(device=device).load_state_dict(state)
     if "config" not in content:
         print(f"{printable(path)}: softmax attention " + (f"and {config.heads} heads assumed (width / 64, as in DINO); "
@@ -234,6 +221,23 @@ def refuse_odd_arrays(state):
             odd.append(f"{key} {str(kind).removeprefix('torch.')}")
     if odd:
         raise ValueError(f"weights are dense arrays of floats, not {listed(odd)}; convert them{advice(state)}")
+
+
+def refuse_misfits(path, state, expected):
+    """ValueError unless every key is there with its shape, no other is, and all numbers are finite."""
+    misfits = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in expected
+                             if key in state and state[key].shape != expected[key].shape],
+    }
+    if any(misfits.values()):
+        raise ValueError(f"{path}: the weights do not fit the model: "
+                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys)
+                         + advice(misfits["unexpected"]))
+    bad = [key for key in expected if not state[key].float().isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
 
 
 def infer_config(state, heads=None):
