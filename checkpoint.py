@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 import zipfile
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -433,10 +433,11 @@ def fingerprint(root, pictures, labels=()):
             return -1
 
     digest, above = hashlib.blake2b(digest_size=8), os.path.join(root, "")
-    with ThreadPool(16) as pool:                                    # a network file system answers after a while
+    with ThreadPoolExecutor(16) as pool:                            # a network file system answers after a while
         for paths, budget in ((pictures, 2**28), (labels, 2**30)):
             paths = [os.fspath(path) for path in paths]
-            sizes = pool.map(size, paths, chunksize=500)
+            parts = (paths[i:i + 500] for i in range(0, len(paths), 500))
+            sizes = [n for part in pool.map(lambda part: [*map(size, part)], parts) for n in part]
             for path, n in zip(paths, sizes, strict=True):
                 name = path[len(above):] if path.startswith(above) else os.path.relpath(path, root)     # it is slow
                 digest.update(os.fsencode(f"{name}\0{n}\0"))

@@ -27,7 +27,7 @@ Where it comes from:
    because H has a finite slope (4/3) at p_i = 0, and a score far enough below the others loses more than that.
    Shannon's slope is infinite there, so softmax gives every score something.
 
-3. The threshold tau. sum p falls as tau grows: at tau = max z/2 - 1 the largest score alone gives 1 or more, at
+3. The threshold tau. sum p falls as tau grows: at tau = max z/2 - 1 the largest score alone gives 1, at
    tau = max z/2 nothing is left. Two ways to find the one tau between them stand below, each with its derivation:
    `entmax15_sort` sorts the scores and solves a quadratic equation; it is the textbook's, the one to read first, and
    the reference. `Entmax15` takes eight steps of Newton's method; it is faster, and what networks are trained with.
