@@ -1,17 +1,21 @@
-"""What goes to disk and comes back: whole, checked, or refused by name. Weights, heads and results of probes.
+"""What goes to disk and comes back: whole, checked, or refused by name.
 
     model = load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
 
-A result is only as good as what is known of it: `fingerprint` tells the data it was measured on from any other, `claim`
-keeps results of different protocols, data or weights apart, and `resume_heads` does the same for half-trained heads.
+To use weights of your own or other people's, this call is all you need; the rest serves this project's scripts:
+
+    weights     `read_checkpoint` runs no code that a file brings; `open_weights` is the probes' way in
+    results     the probes' flags; `claim` keeps results of different protocols, data or weights apart, and
+                `resume_heads` does so for half-trained heads
+    data        `fingerprint` tells the data that a number was measured on from any other
+    files       `write_whole` writes all or nothing; `lock` keeps a run folder to one process
+    signals     `noted_signals` lets a process that is asked to end save first
 """
 
 import argparse
 import contextlib
-import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -32,10 +36,71 @@ import torch
 
 import vit
 
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}      # of --amp
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
+
+def load_backbone(path, which="teacher", device="cpu", heads=None):
+    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO.
+
+    A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
+    only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
+    weights are not DINO's. `heads` is for a file that does not say; what is assumed without it is printed.
+    """
+    content = read_checkpoint(path)
+    bare = not {"teacher", "student", "config"} & content.keys()
+    weights = {"teacher": content} if bare else content
+    if which not in weights:
+        raise ValueError(f"{path}: holds no {which} weights; it holds "
+                         + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
+    try:
+        state = unwrap(weights[which])
+        refuse_odd_arrays(state)
+        config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state, heads)
+        if heads not in (None, config.heads):
+            raise ValueError(f"heads={heads} is given, and the file says {config.heads}; leave out --heads")
+        if config.depth > len(state):                               # or a hostile depth would be built block by block
+            raise ValueError(f"depth={config.depth}, with {listed(state)}")
+        with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
+            model = vit.VisionTransformer(config).float().requires_grad_(False).eval()
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:    # an unknown field; no shape
+        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
+    refuse_misfits(path, state, model.state_dict())
+    model.to_empty(device=device).load_state_dict(state)
+    if "config" not in content:
+        print(f"{printable(path)}: softmax attention " + (f"and {config.heads} heads assumed (width / 64, as in DINO); "
+              "--heads N if it has others" if heads is None else "assumed"))
+    return model
+
+
+def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=None):
+    """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
+
+    "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
+    ViT-S/16 without it. `heads`: see load_backbone.
+    """
+    if path == "random":
+        config = load_backbone(like, heads=heads).config if like else vit.ViTConfig(heads=6 if heads is None else heads)
+        torch.manual_seed(seed)
+        model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
+        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
+    model = load_backbone(path, which, device, heads)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    epochs = read_checkpoint(path).get("epoch")
+    epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
+
+
+def list_checkpoints(weights):
+    """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
+    files = []
+    for name in weights:
+        numbered = [path for path in Path(name).glob("checkpoint_*.pt")
+                    if re.fullmatch("checkpoint_[0-9]{4,}", path.stem)]
+        if Path(name).is_dir() and not numbered:
+            raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
+        files += map(str, sorted(numbered, key=lambda path: int(path.stem[11:]))) if numbered else [name]
+    return files
+
 
 # What a file may hold besides tensors and plain containers. Official full checkpoints store their arguments as a
 # Namespace and, because DINO's schedules are numpy arrays, learning rates as numpy floats (of numpy 1 or 2). Neither
@@ -45,28 +110,50 @@ SAFE = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
         (NUMPY_SCALAR, "numpy.core.multiarray.scalar"), (NUMPY_SCALAR, "numpy._core.multiarray.scalar")]
 
 
+class Refused(Exception):
+    """Why a file is no checkpoint, in words that a user can act on."""
+
+
 def read_checkpoint(path):
+    """The dict that a file of torch or safetensors holds; FileNotFoundError or ValueError names a file that is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; give a checkpoint of train.py or an official DINO .pth")
     try:
-        check_archive(path)
         content = read_safetensors(path)
-        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # what torch thinks of other people's files
-            content = content or torch.load(path, map_location="cpu", weights_only=True)
+        if content is None:
+            check_bytes(path)
+            with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+                warnings.simplefilter("ignore")                     # what torch thinks of other people's files
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise Refused(f"it holds a {type(content).__name__}, not a dict of weights")
     except Exception as error:                                      # the unpickler fails in a dozen ways on other bytes
-        refused = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        cause = (f"it holds {refused}, and unpickling that could run code; save its state_dict() alone" if refused
-                 else str(error) if isinstance(error, Refused)
-                 else other_file(path, error) or f"damaged, or no torch file ({type(error).__name__})")
+        forbidden = str(error).partition("GLOBAL ")[2].split(" ")[0]
+        cause = (str(error) if isinstance(error, Refused)
+                 else f"it holds {forbidden}, and unpickling that could run code; save its state_dict() alone"
+                 if forbidden else "a TorchScript archive, as CLIP's; save its state_dict() alone"
+                 if "TorchScript" in str(error) else f"damaged, or no torch file ({type(error).__name__})")
         raise ValueError(f"{path}: not a checkpoint: {cause}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
-class Refused(Exception):
-    pass
+def check_bytes(path):
+    """What torch.load leaves unchecked: it reads a flipped bit as another weight, and unpacks whatever it is given."""
+    with open(path, "rb") as file:
+        start = file.read(99).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise Refused("a pointer of git-lfs; git lfs pull brings the file")
+    if start.startswith(b"<"):
+        raise Refused("a web page; download the file again")
+    if not zipfile.is_zipfile(path):                                # torch's format before 1.6, or no torch file
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
+        if unpacked > 1.1 * size:
+            raise Refused(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
+        # A bit that no checksum covers makes an entry a folder to torch: its weights are then what the memory held.
+        if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
+            raise Refused("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
 def read_safetensors(path):
@@ -80,28 +167,6 @@ def read_safetensors(path):
     except ImportError as error:
         raise Refused("a safetensors file; pip install safetensors, or convert it with torch.save") from error
     return load_file(path)
-
-
-def other_file(path, error):
-    """What a file is that torch cannot read; '' if it is not known."""
-    with open(path, "rb") as file:
-        start = file.read(99).lstrip()
-    return ("a TorchScript archive, as CLIP's; save its state_dict() alone" if "TorchScript" in str(error) else
-            "a pointer of git-lfs; git lfs pull brings the file" if start.startswith(b"version https://git-lfs") else
-            "a web page; download the file again" if start.startswith(b"<") else "")
-
-
-def check_archive(path):
-    """What torch.load leaves unchecked: it reads a flipped bit as another weight, and unpacks whatever it is given."""
-    if not zipfile.is_zipfile(path):                                # torch's format before 1.6, or no torch file
-        return
-    with zipfile.ZipFile(path) as archive:
-        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
-        if unpacked > 1.1 * size:
-            raise Refused(f"its {size:,} bytes unpack to {unpacked:,}; torch never compresses")
-        # A bit that no checksum covers makes an entry a folder to torch: its weights are then what the memory held.
-        if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
-            raise Refused("damaged: what it holds does not match its checksums; restore it from a copy")
 
 
 # Of a state dict that does not fit: a pattern in its keys, whose it is, and what can be done.
@@ -128,6 +193,8 @@ def advice(keys):
 def unwrap(content):
     """State dict in {'state_dict': ...}, {'model': ...} and the like, without the prefixes that DDP, torch.compile and
     frameworks put before every key; DINO's projection head, `head.*` beside `backbone.*`, is dropped."""
+    if not isinstance(content, dict):
+        raise ValueError(f"the weights are a {type(content).__name__}, not a dict of tensors")
     inside = [key for key, value in content.items()
               if isinstance(value, dict) and any(str(name).endswith("cls_token") for name in value)]
     if len(inside) > 1:
@@ -154,6 +221,23 @@ def refuse_odd_arrays(state):
             odd.append(f"{key} {str(kind).removeprefix('torch.')}")
     if odd:
         raise ValueError(f"weights are dense arrays of floats, not {listed(odd)}; convert them{advice(state)}")
+
+
+def refuse_misfits(path, state, expected):
+    """ValueError unless every key is there with its shape, no other is, and all numbers are finite."""
+    misfits = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in expected
+                             if key in state and state[key].shape != expected[key].shape],
+    }
+    if any(misfits.values()):
+        raise ValueError(f"{path}: the weights do not fit the model: "
+                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys)
+                         + advice(misfits["unexpected"]))
+    bad = [key for key in expected if not state[key].float().isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
 
 
 def infer_config(state, heads=None):
@@ -186,86 +270,11 @@ def listed(keys):
     return f"{len(keys)} key{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
 
 
-def load_backbone(path, which="teacher", device="cpu", heads=None):
-    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO.
-
-    A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
-    only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
-    weights are not DINO's. `heads` is for a file that does not say; what is assumed without it is printed.
-    """
-    content = read_checkpoint(path)
-    bare = not {"teacher", "student", "config"} & content.keys()
-    weights = {"teacher": content} if bare else content
-    if which not in weights:
-        raise ValueError(f"{path}: holds no {which} weights; it holds "
-                         + ("one bare state dict, to be loaded as which='teacher'" if bare else listed(weights)))
-    if not isinstance(weights[which], dict):
-        raise ValueError(f"{path}: its {which} weights are a {type(weights[which]).__name__}, not a dict of tensors")
-    try:
-        state = unwrap(weights[which])
-        refuse_odd_arrays(state)
-        config = vit.ViTConfig(**content["config"]) if "config" in content else infer_config(state, heads)
-        if heads not in (None, config.heads):
-            raise ValueError(f"heads={heads} is given, and the file says {config.heads}; leave out --heads")
-        if config.depth > len(state):                               # or a hostile depth would be built block by block
-            raise ValueError(f"depth={config.depth}, with {listed(state)}")
-        with torch.device("meta"):                                  # no initialisation: slow, and draws random numbers
-            model = vit.VisionTransformer(config).float().requires_grad_(False).eval()
-    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:    # an unknown field; no shape
-        raise ValueError(f"{path}: cannot tell the architecture: {str(error).splitlines()[0]}") from error
-    expected = model.state_dict()
-    misfits = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [key for key in state if key not in expected],
-        "of another shape": [f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}" for key in expected
-                             if key in state and state[key].shape != expected[key].shape],
-    }
-    if any(misfits.values()):
-        raise ValueError(f"{path}: the weights do not fit the model: "
-                         + "; ".join(f"{listed(keys)} {what}" for what, keys in misfits.items() if keys)
-                         + advice(misfits["unexpected"]))
-    bad = [key for key in expected if not state[key].float().isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: not finite: {listed(bad)}; its run diverged, give an earlier checkpoint")
-    model.to_empty(device=device).load_state_dict(state)
-    if "config" not in content:
-        print(f"{printable(path)}: softmax attention " + (f"and {config.heads} heads assumed (width / 64, as in DINO); "
-              "--heads N if it has others" if heads is None else "assumed"))
-    return model
-
-
-def list_checkpoints(weights):
-    """Files that --weights names: a run folder stands for its numbered checkpoints, in the order of epochs."""
-    files = []
-    for name in weights:
-        numbered = [path for path in Path(name).glob("checkpoint_*.pt")
-                    if re.fullmatch("checkpoint_[0-9]{4,}", path.stem)]
-        if Path(name).is_dir() and not numbered:
-            raise FileNotFoundError(f"{name}: holds no checkpoint_0000.pt ...; give a run folder of train.py or a file")
-        files += map(str, sorted(numbered, key=lambda path: int(path.stem[11:]))) if numbered else [name]
-    return files
-
-
-def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=None):
-    """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
-
-    "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
-    ViT-S/16 without it. `heads`: see load_backbone.
-    """
-    if path == "random":
-        config = load_backbone(like, heads=heads).config if like else vit.ViTConfig(heads=6 if heads is None else heads)
-        torch.manual_seed(seed)
-        model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
-        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
-    model = load_backbone(path, which, device, heads)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    epochs = read_checkpoint(path).get("epoch")
-    epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line of the probes: weights in, result out
+# Results of probes: one JSON line in one file, which belongs to one protocol, one data set and one network
+
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}      # of --amp
+
 
 def add_flags(p, probe):
     """The flags that all probes share, for parser `p`."""
@@ -292,16 +301,13 @@ def check_flags(p, args, positive="", natural=""):
         p.error(f"--seed {args.seed}: must be below 2^63")
     if args.like and args.weights != ["random"]:
         p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    try:
+    with one_line(args.weights[0]):
         args.weights = list_checkpoints(args.weights)
-    except OSError as error:
-        sys.exit(str(error))
     if args.out and len(args.weights) > 1:
         p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    if args.amp is None:
-        args.amp = "off"
-        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
-            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if args.amp is None:                                            # older cards only emulate bfloat16, slowly
+        args.amp = ("off" if not torch.cuda.is_available() else
+                    "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
 
 
 def autocast(device, amp):
@@ -319,47 +325,6 @@ def one_line(path):
         sys.exit(line if ": " in line else f"{path}: {line}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: which pictures and labels a number belongs to
-
-def fingerprint(root, pictures, labels=()):
-    """16 hex digits that tell a data set from any other: order, names below `root` and sizes of all its files, and
-    content: of all pictures and all labels, or of as many evenly spread ones as have 256 MiB and 1 GiB together.
-
-    The place of the data is not in it: a copy has the same. ImageNet takes seconds.
-    """
-    def size(path):
-        try:
-            return os.stat(path).st_size
-        except OSError:                                             # who reads it will say so
-            return -1
-
-    def content(path):
-        try:
-            return Path(path).read_bytes()
-        except OSError:
-            return b""
-
-    digest, above = hashlib.blake2b(digest_size=8), os.path.join(root, "")
-    with ThreadPoolExecutor(16) as pool:                            # a network file system answers after a while
-        def each(function, paths):
-            parts = (paths[i:i + 500] for i in range(0, len(paths), 500))
-            return itertools.chain.from_iterable(pool.map(lambda part: [function(path) for path in part], parts))
-
-        for paths, budget in ((pictures, 2**28), (labels, 2**30)):
-            paths = [os.fspath(path) for path in paths]
-            sizes = list(each(size, paths))
-            for path, n in zip(paths, sizes, strict=True):
-                name = path[len(above):] if path.startswith(above) else os.path.relpath(path, root)     # it is slow
-                digest.update(os.fsencode(f"{name}\0{n}\0"))
-            for path in paths[::max(1, math.ceil(sum(sizes) / budget))]:
-                digest.update(content(path))
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results of probes: one JSON line in one file, which belongs to one protocol, one data set and one network
-
 def method(config):
     """'softmax', 'entmax15', 'softmax_r4', 'softmax_spec', ...: of a ViTConfig or of train.py's arguments."""
     return config.attn + f"_r{config.registers}" * (config.registers > 0) + "_spec" * config.specialize
@@ -372,12 +337,6 @@ def result_path(weights, probe, data, config, seed):
     return f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json"
 
 
-def identity(result):
-    """{name: value} of all that decides a number, apart from the training of the weights: a result may replace one of
-    the same identity, and no other. (A foreign file does not say its heads, so the config is not the file's alone.)"""
-    return dict(result["protocol"], seed=result["seed"], which=result["which"], config=result["config"])
-
-
 def claim(out, default, result):
     """(file, finished): where `result`, all of it but its metrics, will go; and what is there already, if it is the
     result of just these weights, else None.
@@ -385,16 +344,17 @@ def claim(out, default, result):
     A result of the same protocol and data but other weights is replaced. Any other is kept: without --out (None) the
     new one gets a name of its own, with it ValueError names what differs.
     """
-    result = json.loads(json.dumps(result))                         # as it will be read: no tuples
-    mine, path = identity(result), Path(out or default)
+    def decisive(result):                                           # config: --heads of a foreign file may differ
+        return dict(result["protocol"], seed=result["seed"], which=result["which"], config=result["config"])
+
+    mine, path = json.loads(json.dumps(decisive(result))), Path(out or default)         # as it will be read: no tuples
     room_for(path)
     for attempt in range(2):
         if not path.exists():
             return path, None
         try:
             old = json.loads(path.read_text())
-            theirs = identity(old)
-            same_weights = old["weights_sha256"] == result["weights_sha256"]
+            theirs, same_weights = decisive(old), old["weights_sha256"] == result["weights_sha256"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: holds no result of a probe ({type(error).__name__}); give another --out, or "
                              "remove it") from error
@@ -458,7 +418,37 @@ def resume_heads(file, stamp, heads, optimizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole files, printable names
+# Data: which pictures and labels a number belongs to
+
+def fingerprint(root, pictures, labels=()):
+    """16 hex digits that tell a data set from any other: order, names below `root` and sizes of all its files, and
+    content: of all pictures and all labels, or of as many evenly spread ones as have 256 MiB and 1 GiB together.
+
+    The place of the data is not in it: a copy has the same. ImageNet takes seconds.
+    """
+    def size(path):
+        try:
+            return os.stat(path).st_size
+        except OSError:                                             # who reads it will say so
+            return -1
+
+    digest, above = hashlib.blake2b(digest_size=8), os.path.join(root, "")
+    with ThreadPoolExecutor(16) as pool:                            # a network file system answers after a while
+        for paths, budget in ((pictures, 2**28), (labels, 2**30)):
+            paths = [os.fspath(path) for path in paths]
+            parts = (paths[i:i + 500] for i in range(0, len(paths), 500))
+            sizes = [n for part in pool.map(lambda part: [*map(size, part)], parts) for n in part]
+            for path, n in zip(paths, sizes, strict=True):
+                name = path[len(above):] if path.startswith(above) else os.path.relpath(path, root)     # it is slow
+                digest.update(os.fsencode(f"{name}\0{n}\0"))
+            for path in paths[::max(1, math.ceil(sum(sizes) / budget))]:
+                with contextlib.suppress(OSError):
+                    digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: room for them, written whole, kept to one process; printable names
 
 def room_for(out):
     """Make the folder of a file that is to be written; ValueError says what is in the way, before hours are spent."""
@@ -490,7 +480,24 @@ def write_whole(path, write):
 
 
 def write_checkpoint(path, content):
-    write_whole(path, functools.partial(torch.save, content))
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def lock(folder):
+    """Keep `folder` to this process until it ends, however it ends: an open file, or ValueError where another process
+    holds it. Nothing is left to clear away."""
+    if os.name != "posix":
+        return None
+    import fcntl  # not at the top: Windows has none
+
+    with contextlib.suppress(OSError):                              # not writable, or no locks there: nobody's to keep
+        file = open(Path(folder, ".lock"), "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # of the process: its workers do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{folder}: another process is writing there; wait for it, stop it, or give another "
+                             "--out") from error
+        return file
 
 
 def printable(name):
@@ -511,6 +518,9 @@ def print_any_path():
 def noted_signals():
     """List of the signals (SIGINT, SIGTERM) that have asked this process to end: it saves, then goes. A third one ends
     it at once. Loader workers that are left at the end are ended, too."""
+    if threading.current_thread() is not threading.main_thread():   # Python allows handlers to the main thread alone
+        yield []
+        return
     asked, others = [], set(multiprocessing.active_children())
 
     def note(number, frame):
@@ -518,14 +528,17 @@ def noted_signals():
         if len(asked) > 2:                                          # somebody means it: leave without saving
             sys.exit(128 + number)
 
-    ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, note) for number in ours}     # Python allows it to the main thread alone
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        end_workers(others)
+        # An exiting Python sends its children SIGTERM, to which these are deaf, and waits: after an error, for ever.
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would call them lost
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+            child.join()
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def leave(asked, where):
@@ -545,36 +558,3 @@ def deaf_worker(_):
     """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_workers(others):
-    """Kill the loader workers that are left. An exiting Python sends its children SIGTERM, to which these are deaf, and
-    waits for them: after an error it would wait for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would report them as lost
-    for child in set(multiprocessing.active_children()) - others:
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
-def lock(folder):
-    """Keep `folder` to this process until it ends, however it ends: an open file, or ValueError where another process
-    holds it. Nothing is left to clear away."""
-    if os.name != "posix":
-        return None
-    import fcntl  # not at the top: Windows has none
-
-    try:
-        file = open(Path(folder, ".lock"), "a")  # noqa: SIM115
-    except OSError:                                                 # not writable: nobody will write there
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of the process: its workers do not inherit it
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"{folder}: another process is writing there; wait for it, stop it, or give another "
-                         "--out") from error
-    except OSError:                                                 # a file system without locks
-        pass
-    return file

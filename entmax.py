@@ -3,7 +3,12 @@
     weights = entmax15(scores)              # rows sum to 1, and hopeless scores get a weight of exactly 0
     out = entmax15_attention(q, k, v)       # in place of F.scaled_dot_product_attention
 
-The map in one line:  p_i = [z_i/2 - tau]_+^2,  with the one number tau that makes sum p = 1.  Where it comes from:
+    scores       1       0.5     0       -1      -3
+    softmax      0.470   0.285   0.173   0.064   0.009
+    entmax-1.5   0.624   0.292   0.084   0       0
+
+The map in one line:  p_i = [z_i/2 - tau]_+^2,  with the one number tau that makes sum p = 1, and [x]_+ = max(x, 0).
+Where it comes from:
 
 1. The problem. A weight vector strikes a bargain between score and spread,
 
@@ -12,8 +17,8 @@ The map in one line:  p_i = [z_i/2 - tau]_+^2,  with the one number tau that mak
    With Shannon's entropy the answer is softmax. Here it is Tsallis' entropy of order 3/2,
    H(p) = 4/3 sum (p_i - p_i^1.5), which is strictly concave: there is exactly one answer.
 
-2. From the problem to the map (KKT). With a multiplier lam for sum p = 1, and for each p_i >= 0 a mu_i >= 0 with
-   mu_i p_i = 0, stationarity reads
+2. From the problem to the map (the KKT conditions). With a multiplier lam for sum p = 1, and for each p_i >= 0 a
+   mu_i >= 0 with mu_i p_i = 0, the derivative by p_i of the Lagrangian is zero:
 
        z_i + 4/3 - 2 sqrt(p_i) - lam + mu_i = 0.
 
@@ -22,33 +27,18 @@ The map in one line:  p_i = [z_i/2 - tau]_+^2,  with the one number tau that mak
    because H has a finite slope (4/3) at p_i = 0, and a score far enough below the others loses more than that.
    Shannon's slope is infinite there, so softmax gives every score something.
 
-3. The threshold. Adding a constant to z only moves tau, so shift the row until max z/2 = 0. Solve g(tau) = 1 for
+3. The threshold tau. sum p falls as tau grows: at tau = max z/2 - 1 the largest score alone gives 1, at
+   tau = max z/2 nothing is left. Two ways to find the one tau between them stand below, each with its derivation:
+   `entmax15_sort` sorts the scores and solves a quadratic equation; it is the textbook's, the one to read first, and
+   the reference. `Entmax15` takes eight steps of Newton's method; it is faster, and what networks are trained with.
 
-       g(tau) = || [z/2 - tau]_+ ||_2 = sqrt(q),     q = sum u_i^2,     s = sum u_i,     g' = -s/g.
-
-   At tau = -1 the largest score alone gives g >= 1; at tau = -1/sqrt(n) no u_i exceeds 1/sqrt(n), so g <= 1: the root
-   lies between. g decreases, and it is convex: each u_i is convex in tau, and the Euclidean norm is convex and grows
-   with each u_i >= 0. A convex curve lies above its tangents, so a Newton step from the left of the root ends left of
-   the root:
-
-       tau <- tau - (g - 1)/g' = tau + g (g - 1)/s = tau + (q - sqrt q)/s
-
-   climbs from tau = -1 to the root and never passes it: no bracket, no safeguard. Newton on q = 1 has the same root
-   but takes more steps: left of the root q bends like a parabola, g hardly (not at all, hence one step, when all
-   scores are equal).
-
-   In floating point the last steps are rounding noise: tau ends in a cycle of one or two ulp around the root, on
-   either side. It cannot run away: u_i <= 1 gives s >= q = 1 there, so a step is no larger than the rounding error of
-   q - sqrt q. Hence nothing needs guarding, and nothing may rely on tau growing or on sum p >= 1.
-
-4. The derivative. On the support p_i = (z_i/2 - tau)^2, so dp_i = u_i (dz_i - 2 dtau): the 2 of the square eats the
-   1/2. The weights keep summing to 1, so 2 dtau = sum_j u_j dz_j / sum_j u_j, and
+4. The derivative. On the support (where p_i > 0) p_i = (z_i/2 - tau)^2, so dp_i = u_i (dz_i - 2 dtau): the 2 of the
+   square eats the 1/2. The weights keep summing to 1, so 2 dtau = sum_j u_j dz_j / sum_j u_j, and
 
        J = dp/dz = diag(u) - u u^T / sum(u),
 
-   symmetric, rows summing to 0, zero off the support. It needs u = sqrt(p) and nothing else: not the solver's steps,
-   not the scores, not tau. u is continuous in z, so J is too: a score enters the support smoothly; second derivatives
-   jump.
+   symmetric, rows summing to 0, zero off the support. It needs u = sqrt(p) and nothing else: not how tau was found, not
+   the scores, not tau. u is continuous in z, so J is too: a score enters the support smoothly; second derivatives jump.
 
 The paper prints p_i = [(z_i - tau)/2]_+, without the square. That is sparsemax of z/2, another and sparser map
 ([1, 0] -> [0.75, 0.25]). The optimum of the problem above, and what is called entmax-1.5, is [0.8307, 0.1693].
@@ -60,8 +50,8 @@ import importlib.util
 
 import torch
 
-# z scores, tau threshold, u = [z/2 - tau]_+, p = u^2 weights, s = sum u, q = sum u^2
-# B images, H heads, T tokens, D width of a head
+# z scores, tau threshold, u = [z/2 - tau]_+, p = u^2 weights, s = sum u, mass = sum u^2, which is 1 at the right tau
+# q, k, v queries, keys, values; B images, H heads, T tokens, D width of a head
 
 # Until |sum p - 1| < 1e-7, normal scores of any scale take 3 to 6 steps up to n = 1025, rows built to be slow 7 up to
 # n = 8192. The count is fixed because a test for convergence would make the host wait for the device in every layer.
@@ -69,56 +59,8 @@ NEWTON_STEPS = 8
 HAS_TRITON = importlib.util.find_spec("triton") is not None           # torch brings it along on Linux
 
 
-class Entmax15(torch.autograd.Function):
-    """p = [z/2 - tau]_+^2 along `dim` for float32 or float64 z, rounded to `dtype`; derivation above."""
-
-    @staticmethod
-    def forward(ctx, z, dim, dtype):
-        top = z.amax(dim, keepdim=True)
-        half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
-        tau = torch.full_like(top, -1.0)
-        u = torch.empty_like(half)                                    # one buffer for u, u^2 and at last p
-        for _ in range(NEWTON_STEPS):
-            torch.sub(half, tau, out=u).relu_()
-            s = u.sum(dim, keepdim=True)
-            q = u.square_().sum(dim, keepdim=True)
-            tau += (q - q.sqrt()) / s
-        p = torch.sub(half, tau, out=u).relu_().square_().to(dtype)
-        ctx.dim, ctx.wide = dim, z.dtype
-        ctx.save_for_backward(p)                                      # alive anyway: the product with v needs it too
-        return p
-
-    @staticmethod
-    def backward(ctx, dp):
-        p, = (p.to(ctx.wide) for p in ctx.saved_tensors)              # an output: autograd tracks what follows
-        # u = sqrt(p). A plain sqrt has an infinite slope at p = 0, which makes second derivatives NaN; this has value 0
-        # and a finite slope there and is sqrt elsewhere, as no p on the support is below tiny. (It is also ten times
-        # faster on the CPU we measured, where sqrt stumbles over zeros.)
-        u = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_() * p
-        udp = u * dp
-        mean = udp.sum(ctx.dim, keepdim=True) / u.sum(ctx.dim, keepdim=True)
-        return udp.addcmul_(u, mean, value=-1), None, None            # J dp = u dp - u (sum u dp / sum u)
-
-
-def entmax15(x, dim=-1):
-    """Weights p >= 0 with sum p = 1 along `dim`, many of them exactly 0; same shape and dtype as x.
-
-    A score of -inf gets weight 0 and gradient 0; a row of nothing else gives NaN, as softmax does. Half-precision x is
-    solved in float32 and the result rounded. That result is all that is kept for backward: the gradient's rms error is
-    a tenth larger than with the float32 weights, which nothing else would need and which are twice as large.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"entmax15 needs floating-point scores, got {x.dtype}")
-    return Entmax15.apply(x.to(wide(x.dtype)), dim, x.dtype)
-
-
-def wide(dtype):
-    """float32, or float64 for float64. Solved in bfloat16, rows would miss a sum of 1 by percents."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def entmax15_sort(x, dim=-1):
-    """The same map by the textbook: exact threshold from sorted scores, plain autograd, in x's own precision. Slow.
+    """The map by the textbook: exact threshold from sorted scores, plain autograd, in x's own precision. Slow.
 
     If the support is the k largest of the halved scores z_(1) >= z_(2) >= ..., with mean M and sum of squared
     deviations S, then sum_{i<=k} (z_(i) - tau)^2 = 1 is a quadratic in tau; its lower root is
@@ -141,11 +83,79 @@ def entmax15_sort(x, dim=-1):
     return (z - tau).clamp_min(0).square().movedim(-1, dim)
 
 
+class Entmax15(torch.autograd.Function):
+    """The map by Newton's method, along `dim` of float32 or float64 z, rounded to `dtype`; J as derived above.
+
+    Adding a constant to z only moves tau, so the row is shifted until max z/2 = 0, and the root lies in [-1, 0]. Of the
+    equations with this root, the one to solve is g(tau) = 1 for
+
+        g(tau) = || [z/2 - tau]_+ ||_2 = sqrt(mass),     mass = sum u_i^2,     s = sum u_i,     g' = -s/g.
+
+    g decreases, and it is convex: each u_i is convex in tau, and the Euclidean norm is convex and grows with each
+    u_i >= 0. A convex curve lies above its tangents, so a Newton step from the left of the root ends left of the root:
+
+        tau <- tau - (g - 1)/g' = tau + g (g - 1)/s = tau + (mass - sqrt(mass))/s
+
+    climbs from tau = -1 to the root and never passes it: no bracket, no safeguard. Newton on mass = 1 has the same root
+    but takes more steps: left of the root mass bends like a parabola, g hardly (not at all, hence one step, when all
+    scores are equal).
+    """
+
+    @staticmethod
+    def forward(ctx, z, dim, dtype):
+        top = z.amax(dim, keepdim=True)
+        half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
+        tau = torch.full_like(top, -1.0)
+        u = torch.empty_like(half)                                    # one buffer for u, u^2 and at last p
+        for _ in range(NEWTON_STEPS):
+            torch.sub(half, tau, out=u).relu_()
+            s = u.sum(dim, keepdim=True)
+            mass = u.square_().sum(dim, keepdim=True)
+            # The last steps are rounding noise: tau ends in a cycle of one or two ulp, on either side of the root. It
+            # cannot run away: u <= 1 gives s >= mass = 1 there, so a step is no larger than the rounding error of
+            # mass - sqrt(mass). Nothing needs guarding, and nothing may rely on tau growing or on sum p >= 1.
+            tau += (mass - mass.sqrt()) / s
+        p = torch.sub(half, tau, out=u).relu_().square_().to(dtype)
+        ctx.dim, ctx.wide = dim, z.dtype
+        ctx.save_for_backward(p)                                      # alive anyway: the product with v needs it too
+        return p
+
+    @staticmethod
+    def backward(ctx, dp):
+        (p,) = ctx.saved_tensors                                      # an output, so autograd can go through this again
+        p = p.to(ctx.wide)
+        # u = sqrt(p). A plain sqrt has an infinite slope at p = 0, which makes second derivatives NaN; this has value 0
+        # and a finite slope there and is sqrt elsewhere, as no p on the support is below tiny. (It is also ten times
+        # faster on the CPU we measured, where sqrt stumbles over zeros.)
+        u = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_() * p
+        udp = u * dp
+        mean = udp.sum(ctx.dim, keepdim=True) / u.sum(ctx.dim, keepdim=True)
+        return udp.addcmul_(u, mean, value=-1), None, None            # J dp = u dp - u (sum u dp / sum u)
+
+
+def wide(dtype):
+    """float32, or float64 for float64. Solved in bfloat16, rows would miss a sum of 1 by percents."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def entmax15(x, dim=-1):
+    """Weights p >= 0 with sum p = 1 along `dim`, many of them exactly 0; same shape and dtype as x.
+
+    A score of -inf gets weight 0 and gradient 0; a row of nothing else gives NaN, as softmax does. Half-precision x is
+    solved in float32 and the result rounded. That result is all that is kept for backward: the gradient's rms error is
+    a tenth larger than with the float32 weights, which nothing else would need and which are twice as large.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"entmax15 needs floating-point scores, got {x.dtype}")
+    return Entmax15.apply(x.to(wide(x.dtype)), dim, x.dtype)
+
+
 def entmax15_attention(q, k, v, fused=None):
     """entmax15(q k^T / sqrt(D)) v for q, k, v (B, H, T, D) -> (B, H, T, D) in v's dtype.
 
-    Scores are float32 whatever q and k are, also under autocast, which would hand entmax bfloat16 scores (it promotes
-    softmax to float32 but knows nothing of entmax); the weights are rounded to v's dtype for the product with v.
+    Scores are float32 whatever q and k are, also under autocast: that would compute them in bfloat16 (and on CUDA cast
+    them up again for softmax, but it knows nothing of entmax). The weights are rounded to v's dtype for the product
+    with v.
 
     fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, 16 <= D <= 128)
     and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no second derivative.
@@ -155,7 +165,7 @@ def entmax15_attention(q, k, v, fused=None):
 
         if fused or entmax_triton.supports(q, k, v):
             return entmax_triton.attention(q, k, v, NEWTON_STEPS)
-    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):          # meta has no autocast to leave
         q, k = q.to(wide(q.dtype)), k.to(wide(k.dtype))
         z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)            # (B, H, T, T)
         return Entmax15.apply(z, -1, v.dtype) @ v                     # (B, H, T, D)

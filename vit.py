@@ -1,4 +1,4 @@
-"""The Vision Transformer of the paper and its four variants, named features, images in.
+"""The Vision Transformer of the paper in its four variants: attention, blocks, named features; images in.
 
 The four methods are three fields of one config and compose freely:
 
@@ -10,7 +10,8 @@ The four methods are three fields of one config and compose freely:
     model = checkpoint.load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
     cls, registers, patches = model.features(normalize(images), blocks=[-1])[0]
 
-Parameters carry the names of the official DINO code, so its weights load here and ours load there.
+Parameters carry the names of the official DINO code, so its weights load here and ours load there. `plain_vit` in
+tests/test_vit.py is the same network as bare formulas, one image and one token at a time.
 
 References
     ViT               Dosovitskiy et al. 2021, arXiv 2010.11929
@@ -39,74 +40,12 @@ from torchvision import transforms
 from entmax import entmax15, entmax15_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Input: file -> PIL RGB -> uint8 (3, S, S) -> normalised float32
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in [0, 1]
-
-
-def read_image(path):
-    """PIL image in mode RGB from any file Pillow can read; transparency is ignored. ValueError names one it cannot.
-
-    Of 16 bits the upper 8 are kept. If no value reaches 2**14, it is a dark picture or, more often, one of 8 to 14 bits
-    in a file of 16, which would come out dark or black: refused, as are 32-bit values that no 16 bits hold and floats,
-    for which no rule says what is white.
-    """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:                                      # Pillow raises half a dozen types, mostly unnamed
-        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
-
-
-def to_rgb(image):
-    wide = image.mode.startswith("I") or re.search(";16[BLN]", str(image.tile))     # RGB;16B: of the file
-    if image.mode == "F":
-        raise ValueError("float values, of which none is known to be white; convert it to 8 bits")
-    if image.mode.startswith("I"):                                  # convert() would clip at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values {values.min()} to {values.max()} are no 16 bits; convert it to 8 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))     # what Pillow itself does with colour
-    image = image.convert("RGB")
-    if wide and np.asarray(image).max() < 2**14 >> 8:
-        raise ValueError("16-bit values that stay below 2**14: dark, or fewer bits in a file of 16; convert it to "
-                         "8 bits")
-    return image
-
-
-def eval_transform(size):
-    """PIL RGB -> uint8 (3, size, size): short side to size * 256/224, then the centre. The only eval transform."""
-    return transforms.Compose([
-        transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(size),
-        transforms.PILToTensor(),
-    ])
-
-
-def by_channel(values, device):
-    """(3, 1, 1) float32, filled on the device: a copy would make the host wait for it, for every batch, and a cache
-    would keep what the first call made, be it an export's or a compiler's."""
-    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
-
-
-def normalize(images):
-    """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
-    return (images.float() / 255 - by_channel(MEAN, images.device)) / by_channel(STD, images.device)
-
-
-def pad_to_patches(images, patch):
-    """Zeros, the mean colour, around normalised images (..., h, w) up to whole patches; an odd one right or below."""
-    height, width = -images.shape[-2] % patch, -images.shape[-1] % patch
-    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# name: (attention (q, k, v) -> (B, H, T, D/H), the map from scores to weights inside it)
+# The paper changes one map, from scores to weights. name: (that map, attention with it: q, k, v -> (B, H, T, D/H))
 ATTENTION = {
-    "softmax": (F.scaled_dot_product_attention, torch.softmax),
-    "entmax15": (entmax15_attention, entmax15),
+    "softmax": (torch.softmax, F.scaled_dot_product_attention),
+    "entmax15": (entmax15, entmax15_attention),
 }
 
 
@@ -154,15 +93,20 @@ def route(x, shared, own):
 
 
 class Attention(nn.Module):
+    """f(q k^T / sqrt(D/H)) v in every head, with f = softmax along the keys or, and this is all that the paper changes,
+    f = entmax15. `forward` computes it in one call, which stores no (T, T) array where a kernel exists; `weights` shows
+    the f(...) of it."""
+
     def __init__(self, dim, heads, attn):
         super().__init__()
         self.heads = heads
-        self.attend, self.weigh = ATTENTION[attn]
+        self.f, self.attend = ATTENTION[attn]
         self.qkv = nn.Linear(dim, 3 * dim)                          # rows: all of q, all of k, all of v; each by head
         self.qkv_cls = None                                         # set by Block.specialize
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x):
+        """Queries, keys and values of the tokens, by head."""
         B, T, D = x.shape
         qkv = route(x, self.qkv, self.qkv_cls)                      # (B, T, 3 D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
@@ -171,16 +115,16 @@ class Attention(nn.Module):
 
     def forward(self, x):                                           # (B, T, D)
         q, k, v = self.project(x)
-        y = self.attend(q, k, v)                                    # (B, H, T, D/H)
+        y = self.attend(q, k, v)                                    # (B, H, T, D/H): softmax's or entmax15_attention
         return self.proj(y.transpose(1, 2).flatten(2))              # (B, T, D)
 
     def weights(self, x):
-        """(B, H, T, T) float32: the weights that `attend` multiplies with v, which it never hands out."""
+        """(B, H, T, T) float32: what `forward` multiplies v with, and never hands out."""
         q, k, _ = self.project(x)
         device = "cpu" if x.is_meta else x.device.type              # meta has no autocast to leave
         with torch.autocast(device, enabled=False):                 # bfloat16 scores would blur the zeros of entmax
             scores = (q.float() * q.size(-1) ** -0.5) @ k.float().transpose(-2, -1)      # as in entmax15_attention
-            return self.weigh(scores, dim=-1)
+            return self.f(scores, dim=-1)
 
 
 class Block(nn.Module):
@@ -252,6 +196,9 @@ class VisionTransformer(nn.Module):
         if self.config.specialize:
             # "early query-key-value projections": the first third, which with all norms gives the 8 % more parameters
             # that Marouani et al. report (ViT-S/16: +1,793,280 = 8.3 %). Registers go with the patches.
+            #
+            # DINO's loss sees [CLS] alone, so from here on `norm` keeps weight 1 and bias 0. Its gradient is zeros, not
+            # missing, because `features` normalises all tokens: DistributedDataParallel waits for every parameter.
             for i, block in enumerate(self.blocks):
                 block.specialize(with_qkv=i < max(1, self.config.depth // 3))
             self.norm_cls = copy.deepcopy(self.norm)
@@ -307,9 +254,6 @@ class VisionTransformer(nn.Module):
         return [outputs[i] for i in wanted]
 
     def forward(self, images):
-        # All tokens go through the norm although one is used: with specialize=True the patch norm would otherwise have
-        # no gradient and DistributedDataParallel would fail. (It is zero: DINO's loss sees [CLS] alone, so that norm
-        # keeps weight 1 and bias 0.)
         return self.features(images, blocks=[-1])[0].cls
 
     def attention(self, images, block):
@@ -331,3 +275,65 @@ def vit_small(**overrides):
 
 def vit_base(**overrides):
     return VisionTransformer(ViTConfig(**dict(dim=768, heads=12) | overrides))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input: file -> PIL RGB -> uint8 (3, S, S) -> normalised float32
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in [0, 1]
+
+
+def read_image(path):
+    """PIL image in mode RGB from any file Pillow can read; transparency is ignored. ValueError names one it cannot.
+
+    Of 16 bits the upper 8 are kept. If no value reaches 2**14, it is a dark picture or, more often, one of 8 to 14 bits
+    in a file of 16, which would come out dark or black: refused, as are 32-bit values that no 16 bits hold and floats,
+    for which no rule says what is white.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:                                      # Pillow raises half a dozen types, mostly unnamed
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+
+
+def to_rgb(image):
+    wide = image.mode.startswith("I") or re.search(";16[BLN]", str(image.tile))     # RGB;16B: of the file
+    if image.mode == "F":
+        raise ValueError("float values, of which none is known to be white; convert it to 8 bits")
+    if image.mode.startswith("I"):                                  # convert() would clip at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()} to {values.max()} are no 16 bits; convert it to 8 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))     # what Pillow itself does with colour
+    image = image.convert("RGB")
+    if wide and np.asarray(image).max() < 2**14 >> 8:
+        raise ValueError("16-bit values that stay below 2**14: dark, or fewer bits in a file of 16; convert it to "
+                         "8 bits")
+    return image
+
+
+def eval_transform(size):
+    """PIL RGB -> uint8 (3, size, size): short side to size * 256/224, then the centre. The only eval transform."""
+    return transforms.Compose([
+        transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size),
+        transforms.PILToTensor(),
+    ])
+
+
+def by_channel(values, device):
+    """(3, 1, 1) float32, filled on the device: a copy would make the host wait for it, for every batch, and a cache
+    would keep what the first call made, be it an export's or a compiler's."""
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
+
+
+def normalize(images):
+    """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
+    return (images.float() / 255 - by_channel(MEAN, images.device)) / by_channel(STD, images.device)
+
+
+def pad_to_patches(images, patch):
+    """Zeros, the mean colour, around normalised images (..., h, w) up to whole patches; an odd one right or below."""
+    height, width = -images.shape[-2] % patch, -images.shape[-1] % patch
+    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))

@@ -429,68 +429,49 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-# ---- the data: fingerprint ------------------------------------------------------------------------------------------
+# ---- flags of the probes ---------------------------------------------------------------------------------------------
 
-def files(folder, **contents):
-    folder.mkdir(exist_ok=True, parents=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return sorted(folder.iterdir())
-
-
-def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path, monkeypatch):
-    a, b = tmp_path / "a", tmp_path / "elsewhere/b"
-    pictures, copy = files(a, one=b"1", two=b"22"), files(b, one=b"1", two=b"22")
-    first = disk.fingerprint(a, pictures)
-    assert disk.fingerprint(b, copy) == first and len(first) == 16
-    monkeypatch.chdir(tmp_path)
-    for root in ("a", "./a", f"{a}/", str(a)):                        # however it is written
-        assert disk.fingerprint(root, [os.path.join(root, name) for name in ("one", "two")]) == first
+def parsed(*argv):
+    p = argparse.ArgumentParser()
+    disk.add_flags(p, "seg")
+    args = p.parse_args(argv)
+    disk.check_flags(p, args)
+    return args
 
 
-def test_fingerprint_tells_every_change(tmp_path):
-    pictures, labels = files(tmp_path / "a", one=b"1", two=b"22"), files(tmp_path / "l", one=b"7", two=b"8")
-    seen = {disk.fingerprint(tmp_path, pictures, labels)}
-
-    def changed(pictures=pictures, labels=labels):
-        seen.add(disk.fingerprint(tmp_path, pictures, labels))
-        return len(seen)
-
-    assert changed(pictures[::-1]) == 2                               # another order
-    assert changed(pictures[:1]) == 3                                 # one less
-    assert changed(labels=labels[::-1]) == 4
-    assert changed(pictures + labels, []) == 5                        # a label is no picture
-    (tmp_path / "a/two").write_bytes(b"23")                           # another picture of equal size
-    assert changed() == 6
-    (tmp_path / "l/one").write_bytes(b"9")                            # a label of equal size
-    assert changed() == 7
-    (tmp_path / "a/one").rename(tmp_path / "a/uno")
-    assert changed([tmp_path / "a/uno", pictures[1]]) == 8
-    pictures[1].unlink()                                              # a file that is gone has no size
-    assert changed() == 9
+@pytest.mark.parametrize("flags, message", [
+    ("random --heads 0", "--heads 0: must be at least 1"), ("random --workers -1", "--workers -1: must be at least 0"),
+    ("random --seed -1", "--seed -1: must be at least 0"), (f"random --seed {2**63}", f"--seed {2**63}: must be below"),
+    ("a.pt --like b.pt", "--like goes with --weights random"),
+    ("a.pt b.pt --out x.json", "--out names one file and --weights 2"),
+])
+def test_flags_that_no_probe_takes(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--weights", *flags.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_fingerprint_of_much_data_reads_a_part_of_it(tmp_path):
-    """1.5 GiB of pictures that are mostly holes: every sixth is read, and the size and name of each count."""
-    pictures = []
-    for i in range(12):
-        pictures.append(tmp_path / f"{i:02d}")
-        with open(pictures[-1], "wb") as file:
-            file.truncate(2**27)
-    before = disk.fingerprint(tmp_path, pictures)
+def test_a_run_folder_stands_for_its_checkpoints_and_an_empty_one_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=f"^{re.escape(str(tmp_path))}: holds no checkpoint_0000.pt"):
+        parsed("--weights", str(tmp_path))
+    (tmp_path / "checkpoint_0003.pt").touch()
+    args = parsed("--weights", str(tmp_path))
+    assert args.weights == [str(tmp_path / "checkpoint_0003.pt")] and (args.amp == "off" or torch.cuda.is_available())
 
-    def with_a_byte_in(i):
-        with open(pictures[i], "r+b") as file:
-            file.write(b"x")
-        changed = disk.fingerprint(tmp_path, pictures)
-        with open(pictures[i], "r+b") as file:
-            file.write(b"\0")
-        return changed
 
-    assert with_a_byte_in(6) != before and with_a_byte_in(1) == before
-    with open(pictures[1], "r+b") as file:
-        file.truncate(2**27 - 1)
-    assert disk.fingerprint(tmp_path, pictures) != before
+@pytest.mark.parametrize("error, line", [
+    (ValueError("a.jpg: unreadable"), "a.jpg: unreadable"), (ValueError("features are not finite"), "W.pt: features"),
+    (ValueError('Caught in worker 0.\nTraceback ...\n  File "x"\nValueError: a.jpg: odd\n'), "a.jpg: odd"),
+    (OSError("W.pt: no such file"), "W.pt: no such file"),
+])
+def test_what_goes_wrong_is_one_line_that_names_a_file(error, line):
+    with pytest.raises(SystemExit) as stop, disk.one_line("W.pt"):
+        raise error
+    assert stop.value.code.startswith(line) and "\n" not in stop.value.code
+
+
+def test_mean_and_sample_deviation():
+    assert disk.mean_sd([1, 2, 6]) == (3, 7**0.5) and disk.mean_sd([4]) == (4, None)
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
@@ -570,6 +551,70 @@ def test_default_names_tell_weights_probe_data_and_of_controls_the_method():
     assert names == {f"runs/random/seg.voc.{method}.s3.json" for method in
                      ("softmax", "softmax_r4", "softmax_spec", "entmax15", "entmax15_r4_spec")}
     assert disk.result_path("a/checkpoint.pt", "knn", "folder", ViTConfig(), 3) == "a/checkpoint.knn.folder.json"
+
+
+# ---- the data: fingerprint ------------------------------------------------------------------------------------------
+
+def files(folder, **contents):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return sorted(folder.iterdir())
+
+
+def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "elsewhere/b"
+    pictures, copy = files(a, one=b"1", two=b"22"), files(b, one=b"1", two=b"22")
+    first = disk.fingerprint(a, pictures)
+    assert disk.fingerprint(b, copy) == first and len(first) == 16
+    monkeypatch.chdir(tmp_path)
+    for root in ("a", "./a", f"{a}/", str(a)):                        # however it is written
+        assert disk.fingerprint(root, [os.path.join(root, name) for name in ("one", "two")]) == first
+
+
+def test_fingerprint_tells_every_change(tmp_path):
+    pictures, labels = files(tmp_path / "a", one=b"1", two=b"22"), files(tmp_path / "l", one=b"7", two=b"8")
+    seen = {disk.fingerprint(tmp_path, pictures, labels)}
+
+    def changed(pictures=pictures, labels=labels):
+        seen.add(disk.fingerprint(tmp_path, pictures, labels))
+        return len(seen)
+
+    assert changed(pictures[::-1]) == 2                               # another order
+    assert changed(pictures[:1]) == 3                                 # one less
+    assert changed(labels=labels[::-1]) == 4
+    assert changed(pictures + labels, []) == 5                        # a label is no picture
+    (tmp_path / "a/two").write_bytes(b"23")                           # another picture of equal size
+    assert changed() == 6
+    (tmp_path / "l/one").write_bytes(b"9")                            # a label of equal size
+    assert changed() == 7
+    (tmp_path / "a/one").rename(tmp_path / "a/uno")
+    assert changed([tmp_path / "a/uno", pictures[1]]) == 8
+    pictures[1].unlink()                                              # a file that is gone has no size
+    assert changed() == 9
+
+
+def test_fingerprint_of_much_data_reads_a_part_of_it(tmp_path):
+    """1.5 GiB of pictures that are mostly holes: every sixth is read, and the size and name of each count."""
+    pictures = []
+    for i in range(12):
+        pictures.append(tmp_path / f"{i:02d}")
+        with open(pictures[-1], "wb") as file:
+            file.truncate(2**27)
+    before = disk.fingerprint(tmp_path, pictures)
+
+    def with_a_byte_in(i):
+        with open(pictures[i], "r+b") as file:
+            file.write(b"x")
+        changed = disk.fingerprint(tmp_path, pictures)
+        with open(pictures[i], "r+b") as file:
+            file.write(b"\0")
+        return changed
+
+    assert with_a_byte_in(6) != before and with_a_byte_in(1) == before
+    with open(pictures[1], "r+b") as file:
+        file.truncate(2**27 - 1)
+    assert disk.fingerprint(tmp_path, pictures) != before
 
 
 # ---- being asked to end ---------------------------------------------------------------------------------------------

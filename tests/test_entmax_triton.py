@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_entmax import layered
 
 import entmax
 import vit
@@ -96,12 +97,11 @@ def test_long_rows(T):
 
 
 def test_rows_built_to_be_slow_for_newton():
-    """Scores of the layered row of test_entmax.py: q picks them out of k one by one."""
-    heights = [0.469**j for j in range(4) for _ in range(int(6.59**j))][:64]
+    """Scores of test_entmax.py's layered row: q picks them out of k one by one."""
     q = torch.zeros(1, 1, 64, 64, device=DEVICE)
     k = torch.zeros(1, 1, 64, 64, device=DEVICE)
     q[..., 0] = 8.0                                                   # 8 = sqrt(64)
-    k[0, 0, :, 0] = 2 * (torch.tensor(heights, device=DEVICE) - 1)
+    k[0, 0, :, 0] = layered(64, .469, 6.59)
     v = torch.eye(64, device=DEVICE).expand(1, 1, 64, 64)             # the output is the weights
     weights = fused(q, k, v)[0, 0]
     assert (weights - entmax.entmax15_sort(k[0, 0, :, 0].double())).abs().max() < 1e-6

@@ -204,65 +204,41 @@ def test_hostile_heads_are_not_resumed(probe, kind, capsys):
 
 # ---- flags: (command, what the line must say); exit status 2
 
+# What each script's own tests try is not tried again here.
 NEGATIVE = r"must (not be negative|be positive|be at least)"
+PROBES = "probe_linear.py", "probe_seg.py", "probe_depth.py"
+PCA = "paper.figures pca --data shapes --weights W.pt"
 USAGE = [
     # train.py
-    *((f"train.py --{flag} -1", NEGATIVE) for flag in (
-        "epochs batch-size accum lr min-lr registers workers seed patch-size image-size local-size local-crops out-dim "
-        "save-every save-steps log-every clip-grad weight-decay teacher-temp freeze-last-layer").split()),
-    *((f"train.py --{flag} 0", r"must be (positive|at least 1)") for flag in (
-        "epochs batch-size accum lr patch-size image-size out-dim save-every log-every dim heads").split()),
-    *((f"train.py --{flag} many", "invalid") for flag in "epochs lr seed".split()),
-    ("train.py --image-size 60", "not a multiple"), ("train.py --local-size 30", "not a multiple"),
-    ("train.py --batch-size 30 --accum 4", "not divisible by"), ("train.py --attn sparsemax", "invalid choice"),
-    ("train.py --arch huge", "invalid choice"), ("train.py --dim 65", "not divisible by heads"),
-    ("train.py --lr nan", "must be positive"), ("train.py --lr inf", "finite"), ("train.py --clip-grad inf", "below"),
-    ("train.py --epochs 1e3", "invalid int"),
-    ("train.py --no-fused", "--attn entmax15"), ("train.py --atn entmax15", "unrecognized"),
-    *((f"{command} --seed {2**63}", "below 2\\^63") for command in (
-        "train.py", "probe_linear.py --weights W.pt", "probe_seg.py --weights W.pt", "probe_depth.py --weights W.pt",
-        "pib.py --weights W.pt", "paper.figures pca --weights W.pt --data shapes")),
-    # the probes
-    *((f"probe_{name}.py --weights W.pt --{flag} {value}", "must be at least|invalid")
-      for name in ("linear", "seg", "depth") for flag in ("iters", "batch-size", "workers", "seed", "log-every")
-      for value in (-1, "many")),
-    *((f"probe_{name}.py --weights W.pt --{flag} 0", "must be at least 1")
-      for name in ("linear", "seg", "depth") for flag in ("iters", "batch-size")),
-    *((f"probe_{name}.py", "required: --weights") for name in ("linear", "seg", "depth")),
-    *((f"probe_{name}.py --weights W.pt --data mnist", "invalid choice") for name in ("linear", "seg", "depth")),
-    *((f"probe_{name}.py --weights W.pt --data {data}", "needs --root")
-      for name, data in (("linear", "folder"), ("seg", "voc"), ("depth", "nyu"))),
+    *((f"train.py --{flag} -1", NEGATIVE) for flag in "local-size local-crops save-steps freeze-last-layer".split()),
+    *((f"train.py --{flag} 0", NEGATIVE) for flag in "lr image-size out-dim log-every dim heads".split()),
+    ("train.py --lr many", "invalid"), ("train.py --lr inf", "finite"), ("train.py --clip-grad inf", "below"),
+    ("train.py --epochs 1e3", "invalid int"), ("train.py --no-fused", "--attn entmax15"),
+    # what probes and pictures share
+    *((f"{script} --weights W.pt --seed {2**63}", "below 2\\^63") for script in (*PROBES, "pib.py")),
+    *((f"{script} --weights W.pt --{flag} -1", "must be at least 0")
+      for script in (*PROBES, "pib.py") for flag in ("workers", "seed")),
+    *((f"{script} --weights W.pt --batch-size 0", "must be at least 1") for script in (*PROBES, "pib.py")),
+    *((f"{script} --weights W.pt --{flag}", "must be at least")
+      for script in PROBES for flag in ("iters 0", "log-every -1")),
+    *((script, "required: --weights") for script in (*PROBES, "pib.py")),
+    *((f"{script} --weights W.pt --data mnist", "invalid choice") for script in (*PROBES, "pib.py")),
+    *((f"{script} --weights W.pt --data {data}", "needs --root")
+      for script, data in zip((*PROBES, "pib.py"), ("folder", "voc", "nyu", "folder"), strict=True)),
+    (f"{PCA} --seed {2**63}", "below 2\\^63"), (f"{PCA} --seed -1", "at least 0"),
+    # the rest
+    (f"train.py --seed {2**63}", "below 2\\^63"),
     ("probe_seg.py --weights W.pt --blocks first", "must be all, or whole numbers"),
     ("probe_seg.py --weights W.pt --data voc --root X --crop 0", "must be at least 1"),
-    # pib.py
-    ("pib.py", "required: --weights"), ("pib.py --weights W.pt --max-area 0", "--max-area"),
-    ("pib.py --weights W.pt --max-area nan", "--max-area"), ("pib.py --weights W.pt --batch-size 0", "at least 1"),
-    ("pib.py --weights W.pt --seed -1", "at least 0"), ("pib.py --weights W.pt --workers -1", "at least 0"),
-    ("pib.py --weights W.pt --data folder", "needs --root"), ("pib.py --weights W.pt --data coco", "invalid choice"),
-    # paper.figures
-    ("paper.figures", "required"), ("paper.figures movie", "invalid choice"),
-    ("paper.figures pca --weights W.pt", "required"),
-    ("paper.figures pca --weights W.pt --data shapes --size 0", "at least 1"),
-    ("paper.figures pca --weights W.pt --data shapes --count -1", "at least 1"),
-    ("paper.figures pca --weights W.pt --data shapes --width 10", "at least 300"),
-    ("paper.figures pca --weights W.pt --data shapes --seed -1", "at least 0"),
-    ("paper.figures heatmap --results a.json --range 3 1", "must be the lower one"),
-    ("paper.figures curves", "required"),
-    # paper.table1, paper.bench
-    ("paper.table1 --jsn", "unrecognized"), ("paper.bench", "required"), ("paper.bench speed", "invalid choice"),
-    ("paper.bench operator --repeats -3", "at least 1"), ("paper.bench step --epochs 0", "at least 1"),
+    ("pib.py --weights W.pt --max-area 0", "--max-area"), ("pib.py --weights W.pt --max-area nan", "--max-area"),
+    ("paper.figures movie", "invalid choice"), ("paper.figures curves", "required"), ("paper.bench", "required"),
+    ("paper.table1 --jsn", "unrecognized"),
 ]
 
 
 @pytest.mark.parametrize("command, message", USAGE, ids=lambda value: value if value.startswith(tuple("tpfb")) else "")
 def test_usage(command, message, capsys):
     refused(command, 2, message, capsys)
-
-
-def test_batch_that_processes_cannot_share(monkeypatch, capsys):
-    for name, value in dict(WORLD_SIZE="3", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
-    refused("train.py --batch-size 32", 2, "32 is not divisible by 3 processes", capsys)
 
 
 # ---- data: (what to make, command, what the line must say); exit status 1
