@@ -306,10 +306,14 @@ def check_flags(p, args, positive="", natural=""):
         sys.exit(str(error))
     if args.out and len(args.weights) > 1:
         p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    if args.amp is None:
-        args.amp = "off"
-        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
-            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.amp = args.amp or best_amp()
+
+
+def best_amp():
+    """--amp where it is not given."""
+    if not torch.cuda.is_available():
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"    # older cards emulate it
 
 
 def autocast(device, amp):
@@ -568,8 +572,12 @@ def end_workers(others):
 
 
 def lock(folder):
-    """Keep `folder` to this process until it ends, however it ends: an open file, or ValueError where another process
-    holds it. Nothing is left to clear away."""
+    """Make `folder`, and keep it to this process until it ends, however it ends: an open file, or ValueError where
+    another process holds it. Nothing is left to clear away."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; give another --out") from error
     if os.name != "posix":
         return None
     import fcntl  # not at the top: Windows has none

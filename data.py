@@ -309,11 +309,17 @@ def collate(items):
     return *default_collate([item[:-1] for item in items]), failed
 
 
-def load(source, multicrop, args, rank=0, world=1, start=0, **options):
+def load(source, multicrop, args, rank, world, start, device, worker_init_fn):
     """Iterator over the micro-batches of one process from step `start`: (large, small, draws, names of unreadable
-    files). `options` are DataLoader's."""
+    files)."""
     return iter(DataLoader(Crops(source, multicrop, args.seed), num_workers=args.workers, collate_fn=collate,
-                           batch_sampler=Batches(len(source), args, rank, world, start), **options))
+                           batch_sampler=Batches(len(source), args, rank, world, start),
+                           pin_memory=device.type == "cuda", worker_init_fn=worker_init_fn))
+
+
+def counted(n, what):
+    """'1 epoch', '2,000 images', '2 processes'"""
+    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
 
 
 class Reads:
@@ -338,7 +344,7 @@ class Reads:
                 say(f"unreadable, replaced by another: {name} ({failed} of {total} reads so far)")
         self.fresh = []
         if failed > 0.01 * total and (total >= 1000 or epoch_over):
-            files = f"{len(self.reported)} unreadable file" + "s" * (len(self.reported) > 1)
-            raise ValueError(f"{min(self.reported)}: one of {files}; {failed} of {total} reads failed, more than 1 %; "
-                             "mend or remove the files named above, then run this again")
+            raise ValueError(f"{min(self.reported)}: one of {counted(len(self.reported), 'unreadable file')}; {failed} "
+                             f"of {total} reads failed, more than 1 %; mend or remove the files named above, then run "
+                             "this again")
         return failed

@@ -154,6 +154,20 @@ def forward_crops(backbone, head, views):
     return head(torch.cat(cls)).unflatten(0, (len(views), -1))
 
 
+def collapse(history, log_k):
+    """A warning where the last five log records sit in one of DINO's two collapses, else None. log_k: ln K."""
+    last = list(history)[-5:]
+    if len(last) < 5:
+        return None
+    if all(r["entropy"] < 1e-3 * log_k for r in last):
+        return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
+                "--teacher-temp or a lower --lr")
+    if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
+        return ("the loss sits at ln K: the teacher is uniform. Try a lower --center-momentum or --teacher-temp, a "
+                "longer --warmup-epochs, a lower --lr, or --norm-last-layer")
+    return None
+
+
 # ------------------------------------------------------------------------------------------- optimisation
 def param_groups(model):
     """Two groups: decayed, and not (biases and every vector). cls_token, pos_embed, registers and weight_g do decay."""
@@ -168,8 +182,7 @@ def param_groups(model):
 @torch.no_grad()
 def clip_each(parameters, max_norm):
     """g <- g min(1, max_norm / (|g| + 1e-6)) for every gradient tensor *by itself*, as DINO does (0: off); returns the
-    joint norm before, on the device: nothing waits for it. One kernel for all tensors, by torch's _foreach_ functions.
-    """
+    joint norm before, on the device: nothing waits for it. (torch._foreach_: one kernel for all tensors.)"""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     if max_norm > 0:

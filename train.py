@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -33,6 +32,7 @@ import data
 import dino
 import vit
 from checkpoint import flag
+from data import counted
 from shapes import FINGERPRINT, Shapes
 
 # What --data selects. "folder" is Caron et al.'s recipe for ViT-S/16 at the paper's 200 epochs (its own is unstated).
@@ -57,7 +57,7 @@ MODELS = {"tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
 
 
 # ------------------------------------------------------------------------------------------- networks and one step
-class Distiller(nn.Module):
+class Distiller(torch.nn.Module):
     """A backbone and its head as one module: DistributedDataParallel wants one forward per step, with all crops."""
 
     def __init__(self, config, args):
@@ -165,8 +165,7 @@ def train(args, rank, world, device, stop):
             checkpoint.restore_run(run, resumed, out / "checkpoint.pt")
         del resumed
     multicrop = data.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
-    loader = data.load(source, multicrop, args, rank, world, start, worker_init_fn=checkpoint.deaf_worker,
-                       pin_memory=device.type == "cuda")
+    loader = data.load(source, multicrop, args, rank, world, start, device, checkpoint.deaf_worker)
     log.record(checkpoint.provenance(args, device, world))
     log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {counted(total, 'step')} of "
             f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
@@ -229,19 +228,20 @@ def choose_kernels(args, student, teacher):
 def open_data(args):
     """The images of --data, at least a batch of them; what tells them from others goes to args, which the checkpoint
     remembers."""
-    shapes = args.data == "shapes"
-    if not shapes and not os.path.isdir(args.data):
+    if args.data == "shapes":
+        args.images, args.fingerprint, way_out = args.length, FINGERPRINT, "raise --length"
+    elif not os.path.isdir(args.data):
         sys.exit(f"{args.data}: no such folder; --data takes a folder of images, or shapes")
-    with checkpoint.one_line(args.data):
-        paths = [] if shapes else data.list_images(args.data)
-    args.images = args.length if shapes else len(paths)
+    else:
+        with checkpoint.one_line(args.data):
+            paths = data.list_images(args.data)
+        args.images, way_out = len(paths), f"counted {' '.join(data.SUFFIXES)} in it and below"
     if args.images < args.batch_size:
-        way_out = "raise --length" if shapes else f"counted {' '.join(data.SUFFIXES)} in it and below"
         sys.exit(f"{args.data}: {counted(args.images, 'image')}, fewer than --batch-size {args.batch_size}; {way_out}")
-    # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
-    args.fingerprint = FINGERPRINT if shapes else checkpoint.fingerprint(os.path.commonpath(paths), paths)
-    if shapes:                                                      # rendered once: 2,000 scenes of 64 px are 24 MB
+    if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB
         return torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)])
+    # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
+    args.fingerprint = checkpoint.fingerprint(os.path.commonpath(paths), paths)
     return data.Pictures(paths)
 
 
@@ -251,11 +251,9 @@ def open_folder(out, args, is_main):
     A second run is kept out before it reads or writes anything; one of other flags or pictures would mix two runs."""
     lock = refused = None
     try:
-        if is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = checkpoint.lock(out)
-    except (OSError, ValueError) as error:
-        refused = f"{out}: {error.strerror}; give another --out" if isinstance(error, OSError) else str(error)
+        lock = checkpoint.lock(out) if is_main else None
+    except ValueError as error:
+        refused = str(error)
     refused, *_ = dino.all_gather(refused)
     if refused:
         sys.exit(refused)
@@ -293,12 +291,14 @@ class Meter:
         record["loss"] = dino.all_mean(self.loss_sum / self.steps).item()
         record["loss_per_log_k"] = record["loss"] / log_k
         seconds = time.perf_counter() - self.clock
+        peak_gib = (torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)         # of this process
         record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=self.steps * args.batch_size / seconds,
-                       memory_gib=memory(grad_norm.device), eta_s=(total - done) * seconds / self.steps,
+                       memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps,
                        bad_files=bad_files)
         self.log.record(record, as_line(record, args, total))
         self.history.append(record)
-        warning = collapse(self.history, log_k)
+        warning = dino.collapse(self.history, log_k)
         if warning and warning != self.warned:                      # once for each time it comes up
             self.log.say(f"warning: {warning}")
         self.warned = warning
@@ -307,33 +307,11 @@ class Meter:
 
 def as_line(r, args, total):
     """A log record for the eye."""
-    eta = datetime.timedelta(seconds=round(r["eta_s"]))
     return (f"epoch {r['epoch']:.2f}/{args.epochs}  step {r['step']}/{total}  loss {r['loss']:.3f}  "
             f"loss/lnK {r['loss_per_log_k']:.3f}  entropy {r['entropy']:.3f}  kl {r['kl']:.3f}  "
             f"centre {r['center']:.3g}  grad {r['grad_norm']:.3g}  support {r['support']:.3f}  lr {r['lr']:.2e}  "
             f"wd {r['wd']:.3f}  ema {r['momentum']:.4f}  {r['images_per_s']:.0f} img/s  {r['memory_gib']:.1f} GiB  "
-            f"eta {eta}")
-
-
-def collapse(history, log_k):
-    """Text of a warning when the last five log records sit in one of DINO's two collapses, else None."""
-    last = list(history)[-5:]
-    if len(last) < 5:
-        return None
-    if all(r["entropy"] < 1e-3 * log_k for r in last):
-        return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
-                "--teacher-temp or a lower --lr")
-    if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
-        return ("the loss sits at ln K: the teacher is uniform. Try a lower --center-momentum or --teacher-temp, a "
-                "longer --warmup-epochs, a lower --lr, or --norm-last-layer")
-    return None
-
-
-def memory(device):
-    """Peak GiB of this process: on the device, or resident on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            f"eta {datetime.timedelta(seconds=round(r['eta_s']))}")
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -401,24 +379,6 @@ def setup_distributed():
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
-
-
-@contextlib.contextmanager
-def one_of_many(rank, stop):
-    """How a process ends beside others: one of each node says why; one that a stopped main process left stops, too."""
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.code, str) and launched()[2]:
-            sys.exit(1)
-        raise
-    except RuntimeError:
-        if rank and stop:                                           # the main process saved and left mid-collective
-            sys.exit(128 + stop[0])
-        raise
-    finally:
-        if rank == 0 and sys.stdout.isatty():
-            print()                                                 # leave the progress line
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -508,14 +468,11 @@ def check_args(p, args):
          "weight_decay weight_decay_end clip_grad", lambda x: 0 <= x < 2**63, "must not be negative, and below 2^63"),
         ("student_temp teacher_temp warmup_teacher_temp lr", lambda x: 0 < x < math.inf, "must be positive and finite"),
         ("momentum center_momentum", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+        ("global_scale local_scale", lambda x: 0 < x[0] <= x[1] <= 1, "two shares, 0 < first <= second <= 1"),
     ):
         for name in names.split():
             if not fits(getattr(args, name)):
-                p.error(f"{flag(name)} {getattr(args, name)}: {rule}")
-    for name in ("global_scale", "local_scale"):
-        low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
-            p.error(f"{flag(name)} {low} {high}: two shares, 0 < first <= second <= 1")
+                p.error(f"{' '.join(checkpoint.as_flags(vars(args))[name])}: {rule}")
     for name in ("image_size", "local_size"):
         if getattr(args, name) % args.patch_size:
             p.error(f"{flag(name)} {getattr(args, name)} is not a multiple of --patch-size {args.patch_size}")
@@ -533,19 +490,11 @@ def check_args(p, args):
         p.error("--no-fused is about the kernel of --attn entmax15; drop it, or add that")
     if args.amp == "fp16" and not torch.cuda.is_available():
         p.error("--amp fp16 needs CUDA; use --amp off or bf16")
-    if args.amp is None:
-        args.amp = "off"
-        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
-            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.amp = args.amp or checkpoint.best_amp()
     if args.data != "shapes":
         args.data = os.path.abspath(args.data)
     if args.out is None:
         args.out = f"runs/{os.path.basename(args.data)}_{checkpoint.method(args)}_s{args.seed}"
-
-
-def counted(n, what):
-    """'1 epoch', '2,000 images', '2 processes'"""
-    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
 
 
 def model_config(args):
@@ -562,10 +511,20 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
-    with checkpoint.noted_signals() as stop, one_of_many(rank, stop):
-        train(args, rank, world, device, stop)
-        if world > 1:                                               # after an error its peers may sit in a collective
-            dist.destroy_process_group()
+    with checkpoint.noted_signals() as stop:
+        try:
+            train(args, rank, world, device, stop)
+            if world > 1:                                           # after an error its peers may sit in a collective
+                dist.destroy_process_group()
+        except (SystemExit, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and rank and stop:   # the main process saved and left mid-collective
+                sys.exit(128 + stop[0])
+            if isinstance(error, SystemExit) and isinstance(error.code, str) and launched()[2]:
+                sys.exit(1)                                         # one process of each node says why
+            raise
+        finally:
+            if rank == 0 and sys.stdout.isatty():
+                print()                                             # leave the progress line
 
 
 if __name__ == "__main__":
