@@ -497,8 +497,8 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             half.unlink()
-        raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
-                      "again") from error
+        raise OSError(f"{path}: not written: {' '.join(str(error).split())}; what was there is untouched; make room "
+                      "and run the same command again") from error
 
 
 def write_checkpoint(path, content):

@@ -31,7 +31,6 @@ import checkpoint
 import data
 import dino
 import vit
-from checkpoint import flag
 from data import counted
 from shapes import FINGERPRINT, Shapes
 
@@ -86,8 +85,7 @@ class Run:
         choose_kernels(args, self.student, self.teacher)
         self.ddp = None                                             # averages the student's gradients over processes
         if world > 1:
-            self.ddp = DistributedDataParallel(
-                self.student, device_ids=[device.index] if device.type == "cuda" else None)
+            self.ddp = DistributedDataParallel(self.student, [device.index] if device.type == "cuda" else None)
 
 
 def schedules(args, step, per_epoch):
@@ -166,7 +164,8 @@ def train(args, rank, world, device, stop):
         del resumed
     multicrop = data.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     loader = data.load(source, multicrop, args, rank, world, start, device, checkpoint.deaf_worker)
-    log.record(checkpoint.provenance(args, device, world))
+    if is_main:
+        log.record(checkpoint.provenance(args, device, world))
     log.say(f"{sum(p.numel() for p in run.student.backbone.parameters()):,} parameters, {counted(total, 'step')} of "
             f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
             f"{args.lr * args.batch_size / 256:.3g}, amp {args.amp}, in {out}"
@@ -189,6 +188,7 @@ def train(args, rank, world, device, stop):
                 bad_files = reads.report(log.say, epoch_over=done >= start + per_epoch, gather=dino.all_gather)
             meter.report(done, diagnose(run, *last, now["temp"]), grad_norm, now, bad_files)
             check_finite(run, out)
+        del last                                                    # the logits, before the next step needs the room
         due = done % args.save_steps == 0 or done % (args.save_every * per_epoch) == 0 or done == total
         if due or (stop and is_main):
             save(run, out, done, per_epoch)
@@ -204,9 +204,8 @@ def diagnose(run, student, teacher, view, temp):
     """What reveals failure, of one micro-batch: loss, teacher entropy and KL(teacher || student) in nats, centre norm,
     and the mean support of the teacher's last block: the share of attention weights that are not zero."""
     loss = run.loss(student, teacher, temp)
-    targets = run.loss.targets(teacher, temp)
+    entropy = dino.entropy(run.loss.targets(teacher, temp))         # loss = entropy + KL, pair by pair
     support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
-    entropy = dino.entropy(targets)                                 # loss = entropy + KL, pair by pair
     loss, entropy, kl, support = dino.all_mean(torch.stack([loss, entropy, loss - entropy, support])).tolist()
     return dict(loss=loss, entropy=entropy, kl=kl, support=support, center=run.loss.center.norm().item())
 
@@ -226,8 +225,7 @@ def choose_kernels(args, student, teacher):
 
 
 def open_data(args):
-    """The images of --data, at least a batch of them; what tells them from others goes to args, which the checkpoint
-    remembers."""
+    """The images of --data; what tells them from others goes to args, and so into the checkpoint."""
     if args.data == "shapes":
         args.images, args.fingerprint, way_out = args.length, FINGERPRINT, "raise --length"
     elif not os.path.isdir(args.data):
@@ -277,9 +275,6 @@ class Meter:
     def __init__(self, log, args, per_epoch):
         self.log, self.args, self.per_epoch = log, args, per_epoch
         self.history, self.warned = collections.deque(maxlen=5), None
-        self.restart()
-
-    def restart(self):
         self.loss_sum, self.steps, self.clock = 0, 0, time.perf_counter()
 
     def add(self, loss):
@@ -302,7 +297,7 @@ class Meter:
         if warning and warning != self.warned:                      # once for each time it comes up
             self.log.say(f"warning: {warning}")
         self.warned = warning
-        self.restart()
+        self.loss_sum, self.steps, self.clock = 0, 0, time.perf_counter()
 
 
 def as_line(r, args, total):
@@ -385,7 +380,7 @@ def setup_distributed():
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in dict(data="shapes", arch=None, resume=None).items():
-        first.add_argument(flag(name), default=default)
+        first.add_argument(checkpoint.flag(name), default=default)
     choice = first.parse_known_args(argv)[0]
     if choice.resume is not None:
         with checkpoint.one_line(choice.resume):
@@ -398,8 +393,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
-    p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images, of which hidden ones "
-                   "(.name) and those in hidden folders are left out")
+    p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images, without its hidden ones")
     p.add_argument("--length", type=int, default=2000, help="scenes in the embedded data set")
     p.add_argument("--image-size", type=int, help="side of the global crops, pixels")
     p.add_argument("--local-size", type=int, help="side of the local crops, pixels")
@@ -446,7 +440,7 @@ def parse_args(argv=None):
     p.add_argument("--compile", action="store_true", help="torch.compile the two networks")
     p.add_argument("--out", help="run folder; default runs/<data>_<method>_s<seed>")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder and its flags; beside it, only "
-                   "what may change: " + ", ".join(map(flag, ("data", *checkpoint.MAY_CHANGE[1:]))))
+                   "what may change: " + ", ".join(map(checkpoint.flag, ("data", *checkpoint.MAY_CHANGE[1:]))))
     p.add_argument("--save-every", type=int, help="epochs between numbered checkpoints")
     p.add_argument("--save-steps", type=int, help="steps between writes of checkpoint.pt")
     p.add_argument("--log-every", type=int, help="steps between log lines")
@@ -473,14 +467,17 @@ def check_args(p, args):
         for name in names.split():
             if not fits(getattr(args, name)):
                 p.error(f"{' '.join(checkpoint.as_flags(vars(args))[name])}: {rule}")
-    for name in ("image_size", "local_size"):
-        if getattr(args, name) % args.patch_size:
-            p.error(f"{flag(name)} {getattr(args, name)} is not a multiple of --patch-size {args.patch_size}")
+    for name, side in (("--image-size", args.image_size), ("--local-size", args.local_size)):
+        if side % args.patch_size:
+            p.error(f"{name} {side} is not a multiple of --patch-size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
         p.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    network = "patch_size image_size attn registers specialize drop_path dim depth heads".split()
+    given = {name: getattr(args, name) for name in network if getattr(args, name) is not None}
     try:
         _, world, _ = launched()
-        args.config = model_config(args)
+        with torch.device("meta"):
+            args.config = MODELS[args.arch or "small"](**given).config
     except ValueError as error:
         p.error(str(error))
     if args.batch_size % (world * args.accum):
@@ -495,14 +492,6 @@ def check_args(p, args):
         args.data = os.path.abspath(args.data)
     if args.out is None:
         args.out = f"runs/{os.path.basename(args.data)}_{checkpoint.method(args)}_s{args.seed}"
-
-
-def model_config(args):
-    """ViTConfig of the command line: --arch, then whatever is given by itself."""
-    names = ["patch_size", "image_size", "attn", "registers", "specialize", "drop_path", "dim", "depth", "heads"]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    with torch.device("meta"):
-        return MODELS[args.arch or "small"](**given).config
 
 
 def main(argv=None):
