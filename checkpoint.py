@@ -10,19 +10,26 @@ To use weights of your own or other people's, this call is all you need; the res
     data        `fingerprint` tells the data that a number was measured on from any other
     files       `write_whole` writes all or nothing; `lock` keeps a run folder to one process
     signals     `noted_signals` lets a process that is asked to end save first
+    runs        the state of a training run in its folder, the flags it was begun with, its log
 """
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
 import glob
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import platform
 import re
+import shlex
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +39,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 
 import vit
 
@@ -305,9 +314,14 @@ def check_flags(p, args, positive="", natural=""):
         args.weights = list_checkpoints(args.weights)
     if args.out and len(args.weights) > 1:
         p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    if args.amp is None:                                            # older cards only emulate bfloat16, slowly
-        args.amp = ("off" if not torch.cuda.is_available() else
-                    "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    args.amp = args.amp or best_amp()
+
+
+def best_amp():
+    """--amp where it is not given."""
+    if not torch.cuda.is_available():
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"    # older cards emulate it
 
 
 def autocast(device, amp):
@@ -475,8 +489,8 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             half.unlink()
-        raise OSError(f"{path}: not written: {error}; what was there is untouched; make room and run the same command "
-                      "again") from error
+        raise OSError(f"{path}: not written: {' '.join(str(error).split())}; what was there is untouched; make room "
+                      "and run the same command again") from error
 
 
 def write_checkpoint(path, content):
@@ -484,8 +498,12 @@ def write_checkpoint(path, content):
 
 
 def lock(folder):
-    """Keep `folder` to this process until it ends, however it ends: an open file, or ValueError where another process
-    holds it. Nothing is left to clear away."""
+    """Make `folder`, and keep it to this process until it ends, however it ends: an open file, or ValueError where
+    another process holds it. Nothing is left to clear away."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; give another --out") from error
     if os.name != "posix":
         return None
     import fcntl  # not at the top: Windows has none
@@ -558,3 +576,168 @@ def deaf_worker(_):
     """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run of train.py in its folder: its state, the flags it was begun with, its log
+
+RUN = dict(config=dict, student=dict, teacher=dict, student_head=dict, teacher_head=dict, center=torch.Tensor,
+           optimizer=dict, scaler=dict, step=int, epoch=int, args=dict)
+MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")    # on resume, and the place of the data
+FACTS = ("images", "fingerprint")                                   # in args, but no flags
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(args):
+    """{name: [words of the command line]} of arguments; [] for what is not given."""
+    def words(name, value):
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        return [] if value is None or value is False else [flag(name), *map(str, values)]
+
+    return {name: words(name, value) for name, value in args.items() if name not in FACTS}
+
+
+def plain(args):
+    """The arguments as plain types, for checkpoint and log; the config has a place of its own in both."""
+    return {name: value for name, value in vars(args).items() if name != "config"}
+
+
+def write_run(run, folder, step, epoch, numbered):
+    """checkpoint.pt of a train.Run, after the numbered file where one is due: a kill between the two repeats both."""
+    state = {
+        "config": dataclasses.asdict(run.args.config),
+        "student": run.student.backbone.state_dict(), "teacher": run.teacher.backbone.state_dict(),
+        "student_head": run.student.head.state_dict(), "teacher_head": run.teacher.head.state_dict(),
+        "center": run.loss.center, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+        "step": step, "epoch": epoch,
+        "args": plain(run.args),
+    }
+    if numbered:
+        weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
+        write_checkpoint(folder / f"checkpoint_{epoch:04d}.pt", weights)
+    write_checkpoint(folder / "checkpoint.pt", state)
+
+
+def restore_run(run, state, path):
+    """Load the state into a train.Run, or ValueError names what does not fit."""
+    try:
+        for name, network in (("student", run.student), ("teacher", run.teacher)):
+            network.backbone.load_state_dict(state[name])
+            network.head.load_state_dict(state[name + "_head"])
+        run.loss.load_state_dict({"center": state["center"]})
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        for p, moments in run.optimizer.state.items():              # which torch does not compare
+            if any(moment.shape not in (p.shape, ()) for moment in moments.values()):
+                raise ValueError(f"optimizer state for another shape than {tuple(p.shape)}")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:    # torch's, of foreign states
+        raise ValueError(f"{path}: cannot be resumed: {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
+                         "give another --out, or remove the folder to start over") from error
+    if not all(p.isfinite().all() for p in (*run.student.parameters(), *run.teacher.parameters(), run.loss.center)):
+        raise ValueError(f"{path}: cannot be resumed: it holds weights that are not finite; give another --out")
+
+
+def open_run(folder):
+    """What checkpoint.pt of a run holds, or None without one; ValueError if the run cannot go on from it."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        cause = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: cannot be resumed: {cause}; give another --out, or remove the folder to start "
+                         "over") from error
+    missing = [name for name in RUN if not isinstance(state.get(name), RUN[name])]
+    if missing:
+        raise ValueError(f"{path}: cannot be resumed: it lacks {', '.join(missing)}; give another --out, or remove the "
+                         "folder")
+    return state
+
+
+def flags_of_run(folder):
+    """The command line that a run was begun with."""
+    state = open_run(folder)
+    if state is None:
+        raise ValueError(f"{folder}: holds no checkpoint.pt; --resume takes the folder of a run that has begun")
+    return [*sum(as_flags(state["args"]).values(), []), "--out", folder]
+
+
+def resume_run(folder, args):
+    """(state of the run in a folder or None, usage error or "") for a command line of these `args`: two runs of other
+    flags would mix. ValueError where it is the pictures that are others."""
+    state, path = open_run(folder), Path(folder) / "checkpoint.pt"
+    if state is None:
+        return None, ""
+    old, may_change = state["args"], {*MAY_CHANGE, *FACTS}
+    if "fingerprint" in old and "shapes" not in (old.get("data"), args["data"]):
+        may_change.add("data")                                      # which the fingerprint knows, wherever it lies
+    flags = as_flags({name: old.get(name) for name in sorted(old.keys() | args.keys())
+                      if name not in may_change and old.get(name) != args.get(name)})
+    if flags:
+        given = shlex.join(word for words in flags.values() for word in words)
+        dropped = " or ".join(flag(name) for name, words in flags.items() if not words)
+        way = ", ".join([f"with {given}"] * bool(given) + [f"without {dropped}"] * bool(dropped))
+        return None, f"{path}: begun with other flags; go on {way}, or give another --out"
+    if old.get("images") != args["images"] or old.get("fingerprint", args["fingerprint"]) != args["fingerprint"]:
+        raise ValueError(f"{path}: trained on {old.get('images')} images of {old.get('data')}; of the {args['images']} "
+                         f"in {args['data']} some were replaced, added or removed; bring the data back, or "
+                         "give another --out")
+    return state, ""
+
+
+class Log:
+    """log.jsonl, and a line for the eye: rewritten in place on a terminal, one after the other in a file. Of the main
+    process only. What a killed run logged after its checkpoint of `step` is dropped."""
+
+    def __init__(self, folder, is_main, step):
+        self.path, self.is_main, self.tty = Path(folder) / "log.jsonl", is_main, sys.stdout.isatty()
+        if is_main:
+            self.cut(step)
+
+    def cut(self, step):
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, AttributeError, TypeError):    # a line that the kill cut short
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write_whole(self.path, lambda file: file.write("".join(kept).encode()))
+
+    def say(self, text):
+        if self.is_main:
+            print("\n" * self.tty + printable(text), flush=True)
+
+    def record(self, record, line=None):
+        if not self.is_main:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            sys.exit(f"{self.path}: not written: {error}; make room and run the same command again")
+        if line and self.tty:                                       # a line that wraps could not be taken back
+            print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+        elif line:
+            print(line, flush=True)
+
+
+def provenance(args, device, world):
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        dirty = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout)
+    except OSError:                                                 # no git on this machine
+        commit, dirty = "", False
+    return {
+        "args": plain(args),
+        "config": dataclasses.asdict(args.config), "processes": world,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "torchvision": torchvision.__version__, "pillow": PIL.__version__},
+        "commit": commit, "dirty": dirty, "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    }

@@ -13,15 +13,10 @@ from its released code), Goyal et al. 2017 (linear scaling of the learning rate)
 
 import math
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop
-
-from vit import normalize
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -82,14 +77,21 @@ class DINOHead(nn.Module):
 
 
 class DINOLoss(nn.Module):
-    """Mean cross-entropy H(teacher view q, student view v) over all pairs q != v and over the batch; buffer `center`.
+    """Mean cross-entropy of a teacher's view q and a student's view v, over all pairs q != v and over the batch:
 
-    With t_q the teacher's probabilities and s_v the student's logits / student_temp, a pair costs
+        t, s, pairs = ((teacher - center) / teacher_temp).softmax(-1), student / student_temp, []
+        for q in range(2):                                          # the teacher sees the global views alone
+            for v in range(len(s)):
+                if v != q:                                          # the same crop twice would teach nothing
+                    pairs.append(-(t[q] * s[v].log_softmax(-1)).sum(-1).mean())
+        loss = sum(pairs) / len(pairs)
 
-        -sum_k t_qk log softmax(s_v)_k  =  lse(s_v) - t_q . s_v            because sum_k t_qk = 1,
+    `forward` computes the same faster. As sum_k t_qk = 1, a pair costs lse(s_v) - t_q . s_v: one logsumexp per view,
+    and per teacher's view one dot product with the sum of the other views' logits, in place of 2 (V - 1) log-softmaxes.
 
-    so the 2 (V - 1) pairs need one logsumexp per view and, by linearity, one dot product per teacher view with the
-    sum of the other views' logits: V passes over (B, K) in place of 2 (V - 1) log-softmaxes.
+    `center` (1, K) is the running mean of the teacher's logits. Without it a prototype that is a little ahead for all
+    images would be the target of all, and soon the answer to all. It starts at 0, as no batch was seen, and takes some
+    1 / (1 - center_momentum) steps to find that mean; a learning rate that has risen by then finds one answer to all.
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
@@ -109,8 +111,8 @@ class DINOLoss(nn.Module):
         s = student.float() / self.student_temp                     # (V, B, K); in half precision the lse would round
         t = self.targets(teacher, teacher_temp).detach()            # (2, B, K)
         lse = s.logsumexp(-1).mean(-1)                              # (V,)
-        others = s.sum(0) - s[:2]                                   # (2, B, K) sum over v != q of s_v
-        dots = (t * others).sum((0, 2)).mean()
+        other_views = s.sum(0) - s[:2]                              # (2, B, K) sum over v != q of s_v
+        dots = (t * other_views).sum((0, 2)).mean()
         # every local view meets two teachers; a global one meets only the other global
         return (2 * lse.sum() - lse[:2].sum() - dots) / (2 * len(s) - 2)
 
@@ -152,27 +154,39 @@ def forward_crops(backbone, head, views):
     return head(torch.cat(cls)).unflatten(0, (len(views), -1))
 
 
+def collapse(history, log_k):
+    """A warning where the last five log records sit in one of DINO's two collapses, else None. log_k: ln K."""
+    last = list(history)[-5:]
+    if len(last) < 5:
+        return None
+    if all(r["entropy"] < 1e-3 * log_k for r in last):
+        return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
+                "--teacher-temp or a lower --lr")
+    if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
+        return ("the loss sits at ln K: the teacher is uniform. Try a lower --center-momentum or --teacher-temp, a "
+                "longer --warmup-epochs, a lower --lr, or --norm-last-layer")
+    return None
+
+
 # ------------------------------------------------------------------------------------------- optimisation
 def param_groups(model):
     """Two groups: decayed, and not (biases and every vector). cls_token, pos_embed, registers and weight_g do decay."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    free = {name for name, p in params if name.endswith("bias") or p.ndim == 1}
+    undecayed = {name for name, p in params if name.endswith("bias") or p.ndim == 1}
     return [
-        {"params": [p for name, p in params if name not in free]},
-        {"params": [p for name, p in params if name in free], "weight_decay": 0.0},
+        {"params": [p for name, p in params if name not in undecayed]},
+        {"params": [p for name, p in params if name in undecayed], "weight_decay": 0.0},
     ]
 
 
 @torch.no_grad()
 def clip_each(parameters, max_norm):
-    """Scale every gradient tensor *by itself* to norm <= max_norm (0: off), as DINO does; return the joint norm before.
-
-    The result stays on the device: nothing here waits for it.
-    """
+    """g <- g min(1, max_norm / (|g| + 1e-6)) for every gradient tensor *by itself*, as DINO does (0: off); returns the
+    joint norm before, on the device: nothing waits for it. (torch._foreach_: one kernel for all tensors.)"""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     if max_norm > 0:
-        scales = torch._foreach_add(norms, 1e-6)
+        scales = torch._foreach_add(norms, 1e-6)                    # step by step to min(1, max_norm / (|g| + 1e-6))
         torch._foreach_reciprocal_(scales)
         torch._foreach_mul_(scales, max_norm)
         torch._foreach_clamp_max_(scales, 1.0)
@@ -184,179 +198,3 @@ def clip_each(parameters, max_norm):
 def ema_update(teacher, student, momentum):
     """teacher <- momentum teacher + (1 - momentum) student, every parameter, in place."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
-# ------------------------------------------------------------------------------------------- multi-crop
-# The augmentation of Caron et al. in two halves. Cutting a crop needs the decoded picture and shrinks it, so it stays
-# with the loader's workers. All the rest is arithmetic on small uint8 crops and runs batched on the device; its random
-# numbers, one row per crop, are drawn in the worker, from (seed, epoch, index) alone.
-DRAWS = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma", "solarize")
-BLUR_P = {"global1": 1.0, "global2": 0.1, "local": 0.5}
-SOLARIZE_P = {"global1": 0.0, "global2": 0.2, "local": 0.0}
-
-
-class MultiCrop:
-    """The augmentation: 2 global and `local_crops` local crops, then colour. Scales are shares of the picture's area.
-
-    In a worker `multicrop(image, rng)` cuts; on the device `multicrop.photometric(...)` colours the batch.
-    """
-
-    def __init__(self, global_size=224, local_size=96, local_crops=8, global_scale=(0.4, 1), local_scale=(0.05, 0.4)):
-        self.global_size, self.local_size, self.local_crops = global_size, local_size, local_crops
-        self.global_scale, self.local_scale = global_scale, local_scale
-        self.kinds = ["global1", "global2"] + ["local"] * local_crops
-
-    def __call__(self, image, rng):
-        """uint8 (3, H, W) -> uint8 crops (2, 3, G, G) and (L, 3, S, S), draws (2 + L, 8); rng: numpy Generator."""
-
-        def cut(size, scale):
-            box = crop_box(*image.shape[1:], scale, rng)
-            return resized_crop(image, *box, (size, size), InterpolationMode.BICUBIC, antialias=True)
-
-        large = torch.stack([cut(self.global_size, self.global_scale) for _ in range(2)])
-        small = [cut(self.local_size, self.local_scale) for _ in range(self.local_crops)]
-        small = torch.stack(small) if small else large.new_empty(0, 3, self.local_size, self.local_size)
-        return large, small, torch.from_numpy(np.stack([photometric_draws(kind, rng) for kind in self.kinds]))
-
-    def photometric(self, large, small, draws, order=(0, 1, 2, 3)):
-        """uint8 crops (B, 2, 3, G, G) and (B, L, 3, S, S), draws (B, V, 8) -> V normalised float views (B, 3, S, S).
-
-        `order` permutes brightness, contrast, saturation, hue; one draw per step, so that it can run batched.
-        """
-        views = []
-        for crops, rows in ((large, draws[:, :2]), (small, draws[:, 2:])):
-            if crops.shape[1]:
-                x = crops.transpose(0, 1).flatten(0, 1)             # (V' B, 3, S, S), view by view
-                rows = rows.transpose(0, 1).flatten(0, 1).to(x.device)
-                views += recolour(x, rows, order).chunk(crops.shape[1])
-        return views
-
-
-def crop_box(height, width, scale, rng):
-    """(top, left, height, width) of a random crop: area share U(scale), aspect ratio log-uniform in 3/4..4/3.
-
-    Ten tries, then the largest central crop of allowed ratio: the rule of torchvision's RandomResizedCrop.
-    """
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w = min(width, round(height * 4 / 3))
-    h = min(height, round(width * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def photometric_draws(kind, rng):
-    """float32 (8,) in the order of DRAWS, identities where an operation is not applied. Caron et al.'s frequencies."""
-    flip, jitter, grey, blur, solarize = rng.random(5) < (0.5, 0.8, 0.2, BLUR_P[kind], SOLARIZE_P[kind])
-    colour = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1)) if jitter else (1, 1, 1, 0)
-    sigma = rng.uniform(0.1, 2.0) if blur else 0
-    return np.array([flip, *colour, grey, sigma, solarize], np.float32)
-
-
-def recolour(x, draws, order):
-    """uint8 (N, 3, S, S), draws (N, 8) -> float (N, 3, S, S): flip, jitter, grey, blur, solarize, normalise."""
-    if x.device.type == "cpu" and x.numel() > IN_CACHE:
-        n = max(1, IN_CACHE // x[0].numel())
-        return torch.cat([recolour(*part, order) for part in zip(x.split(n), draws.split(n), strict=True)])
-    flip, brightness, contrast, saturation, hue, grey, sigma, solarize = draws.view(-1, 8, 1, 1, 1).unbind(1)
-
-    def jitter(x, *amounts):
-        for k in order:
-            x = JITTER[k](x, amounts[k])
-        return x
-
-    x = where(flip > 0, lambda x: x.flip(-1), x.float())
-    x = where((brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0), jitter, x,
-              brightness, contrast, saturation, hue)
-    x = where(grey > 0, lambda x: luma(x).expand_as(x), x)
-    x = where(sigma > 0, blur if x.device.type == "cpu" else blur_by_matrix, x, sigma)
-    x = where(solarize > 0, lambda x: torch.where(x >= 128, 255 - x, x), x)
-    return normalize(x)
-
-
-IN_CACHE = 2**19    # numbers that a CPU recolours at a time: each operation is a pass over them
-
-
-def where(need, op, x, *amounts):
-    """op(x, *amounts) for the crops in `need` (N, 1, 1, 1), x for the others. On a CPU x itself changes.
-
-    A CPU picks the crops that need it. On a GPU that would make the host wait to learn how many: there all go through.
-    """
-    if x.device.type != "cpu":
-        return torch.where(need, op(x, *amounts), x)
-    some = need.flatten().nonzero().flatten()
-    if len(some):
-        x[some] = op(x[some], *(amount[some] for amount in amounts))
-    return x
-
-
-def luma(x):
-    """(N, 3, S, S) -> (N, 1, S, S) grey value, ITU-R 601 as in Pillow."""
-    r, g, b = x.split(1, 1)
-    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-def change_brightness(x, amount):
-    return (x * amount).clamp_(0, 255)
-
-
-def change_contrast(x, amount):
-    mean = luma(x).mean((1, 2, 3), keepdim=True)
-    return (x - mean).mul_(amount).add_(mean).clamp_(0, 255)
-
-
-def change_saturation(x, amount):
-    grey = luma(x)
-    return (x - grey).mul_(amount).add_(grey).clamp_(0, 255)
-
-
-def shift_hue(x, turn):
-    """Rotate the hue of (N, 3, S, S) by `turn` (N, 1, 1, 1) in -1..1 of the circle; HSV value and chroma stay.
-
-    With HSV hue h in sixths of a turn, least channel m and chroma c, the channels are m + c times
-    |h - 3| - 1 (red), 2 - |h - 2| (green), 2 - |h - 4| (blue), each clamped to 0..1.
-    """
-    r, g, b = x.split(1, 1)
-    top, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    c = top - least
-    h = torch.where(top == r, g - b, torch.where(top == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
-    h = h.div_(c + (c == 0)).add_(6 * turn)                         # grey pixels have no hue; any value gives m back
-    h.sub_(torch.floor(h / 6), alpha=6)                             # into [0, 6)
-    channels = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
-    return torch.cat([least.addcmul(y.clamp_(0, 1), c) for y in channels], dim=1)
-
-
-JITTER = (change_brightness, change_contrast, change_saturation, shift_hue)     # Pillow's, without its rounding
-
-
-def blur(x, sigma):
-    """Gaussian blur of (N, 3, S, S), sigma (N, 1, 1, 1) <= 2 pixels, edge pixels repeated: a sum of shifted copies."""
-    size, reach = x.shape[-1], 7                                    # at sigma 2 the rest is 2e-4 of the weight
-    at = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    # sigma 0 becomes 0.01: exp(-5000) is 0 in float32, so the weights are those of the identity
-    weight = torch.exp(-0.5 * (at / sigma.view(-1, 1).clamp_min(0.01)) ** 2)
-    weight = (weight / weight.sum(1, keepdim=True)).view(len(x), -1, 1, 1, 1).unbind(1)
-    for axis, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
-        wide = F.pad(x, pad, mode="replicate")
-        x = weight[reach] * x
-        for k in range(reach):
-            x.addcmul_(weight[k], wide.narrow(axis, k, size))
-            x.addcmul_(weight[k], wide.narrow(axis, 2 * reach - k, size))
-    return x
-
-
-def blur_by_matrix(x, sigma):
-    """The same as products with two banded S x S matrices: six times slower on a CPU, few passes for a GPU."""
-    size, reach = x.shape[-1], 7
-    at = torch.arange(size, device=x.device, dtype=x.dtype)
-    source = torch.arange(-reach, size + reach, device=x.device, dtype=x.dtype)
-    weight = torch.exp(-0.5 * ((source[:, None] - at) / sigma.view(-1, 1, 1).clamp_min(0.01)) ** 2)
-    weight /= weight.sum(1, keepdim=True)                           # (N, S + 14, S), columns sum to 1
-    band = weight[:, reach:-reach].clone()
-    band[:, 0] += weight[:, :reach].sum(1)
-    band[:, -1] += weight[:, -reach:].sum(1)
-    band = band.unsqueeze(1)                                        # (N, 1, S, S)
-    return band.mT @ (x @ band)

@@ -33,11 +33,10 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
 from PIL import Image, ImageFilter, ImageOps  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 import checkpoint  # noqa: E402
-import dino  # noqa: E402
+import data  # noqa: E402
 import train  # noqa: E402
 import vit  # noqa: E402
 from entmax import entmax15, entmax15_attention  # noqa: E402
@@ -219,17 +218,17 @@ def bench_attention(args, rest, device):
 def stepper(args, device):
     """(function that trains one step on crops of noise that lie on the device, the run)."""
     run, step = train.Run(args, device), iter(range(10**9))
-    multicrop = dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+    multicrop = data.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
     rng = np.random.default_rng(0)
-    draws = torch.from_numpy(np.stack([[dino.photometric_draws(kind, rng) for kind in multicrop.kinds]
+    draws = torch.from_numpy(np.stack([[data.photometric_draws(kind, rng) for kind in multicrop.kinds]
                                        for _ in range(args.batch_size // args.accum)]))
     large, small = (torch.randint(256, (len(draws), n, 3, size, size), dtype=torch.uint8, device=device)
                     for n, size in ((2, args.image_size), (args.local_crops, args.local_size)))
 
     def run_step():
         i = next(step)
-        train.train_step(run, run.student, [(large, small, draws)] * args.accum, multicrop, i, 0,
-                         train.schedules(args, i, per_epoch=1000), freeze=False)
+        train.train_step(run, [(large, small, draws)] * args.accum, multicrop, i,
+                         train.schedules(args, i, per_epoch=1000), freeze_last_layer=False)
     return run_step, run
 
 
@@ -300,7 +299,7 @@ def bench_data(args, rest, device):
         if settings.data == "shapes":
             sys.exit("shapes: its scenes are in memory, there is nothing to load; give --data DIR, or leave --data out")
         source = train.open_data(settings)
-        multicrop = dino.MultiCrop(settings.image_size, settings.local_size, settings.local_crops,
+        multicrop = data.MultiCrop(settings.image_size, settings.local_size, settings.local_crops,
                                    settings.global_scale, settings.local_scale)
         rows = per_core(settings, source, multicrop, max(5, args.repeats // 3))
         print(table(rows), end="\n\n")
@@ -311,7 +310,7 @@ def per_core(settings, source, multicrop, repeats):
     """Rows: images/s of one core, of what a worker does, and with the colours, which run where the model does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    crops, published = train.Crops(source, multicrop, settings.seed), published_pipeline(settings)
+    crops, published = data.Crops(source, multicrop, settings.seed), published_pipeline(settings)
     n, turn = min(16, len(source)), iter(range(10**9))
 
     def pillow():
@@ -321,7 +320,7 @@ def per_core(settings, source, multicrop, repeats):
 
     def worker():
         first = next(turn)
-        return train.collate([crops[0, (first + i) % len(source)] for i in range(n)])[:-1]
+        return data.collate([crops[0, (first + i) % len(source)] for i in range(n)])[:-1]
 
     def worker_and_colours():
         multicrop.photometric(*worker())
@@ -341,9 +340,7 @@ def doctor(settings, source, multicrop, device, repeats):
     accum, workers = settings.accum, settings.workers
 
     def batches():
-        return iter(DataLoader(train.Crops(source, multicrop, settings.seed), num_workers=workers,
-                               batch_sampler=train.Batches(len(source), settings, 0, 1, 0), collate_fn=train.collate,
-                               worker_init_fn=checkpoint.deaf_worker, pin_memory=device.type == "cuda"))
+        return data.load(source, multicrop, settings, 0, 1, 0, device, checkpoint.deaf_worker)
 
     def rate(what, f, n=2 * workers + 1):                             # more batches than may lie ready
         seconds = []
@@ -367,7 +364,7 @@ def doctor(settings, source, multicrop, device, repeats):
 
     def both():
         i, micro = next(number), [next(loader)[:-1] for _ in range(accum)]
-        train.train_step(run, run.student, micro, multicrop, i, 0, train.schedules(settings, i, 1000), freeze=False)
+        train.train_step(run, micro, multicrop, i, train.schedules(settings, i, 1000), freeze_last_layer=False)
     together = rate(f"both, {os.cpu_count()} cores", both)
     if workers == 0:
         verdict = "the loader runs inside the training process, so their times add up: give --workers 1 or more"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-import dino
+import data
 import entmax
 import train
 from paper import bench
@@ -108,7 +108,7 @@ def test_doctors_verdict(monkeypatch, photos, rates, verdict):
     settings = train.parse_args([*TINY, "--data", str(photos), "--workers", "2"])
     clock = iter(rates)
     monkeypatch.setattr(bench.statistics, "median", lambda seconds: settings.batch_size / next(clock))
-    monkeypatch.setattr(bench, "DataLoader", lambda *args, **kw: [(0,)] * 100)
+    monkeypatch.setattr(data, "load", lambda *args: iter([(0,)] * 100))
     monkeypatch.setattr(bench, "stepper", lambda settings, device: (lambda: None, type("Run", (), {"student": None})))
     monkeypatch.setattr(train, "train_step", lambda *args, **kw: None)
     assert verdict in bench.doctor(settings, [None] * 12, None, CPU, 1)["verdict"]
@@ -185,7 +185,7 @@ def test_views_are_distributed_as_the_published_ones():
     pixels = 0.6 * np.asarray(coarse, float) + 0.3 * np.asarray(fine, float) + ramp + 12
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     args = train.parse_args("--data X --patch-size 8 --image-size 32 --local-size 16 --local-crops 1".split())
-    published, multicrop = bench.published_pipeline(args), dino.MultiCrop(32, 16, 1)
+    published, multicrop = bench.published_pipeline(args), data.MultiCrop(32, 16, 1)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     random.seed(0), torch.manual_seed(0)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (bench.vit.MEAN, bench.vit.STD))

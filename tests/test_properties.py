@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import data
 import dino
 import pib
 import probe_seg
-import train
 import vit
 from entmax import entmax15, entmax15_attention, entmax15_sort
 from paper import figures
@@ -136,7 +136,7 @@ def test_crop_boxes(rng, case):
     low, high = sorted(rng.uniform(0.01, 1, 2))
     case.update(height=height, width=width, scale=(low, high))
     height, width = max(1, height), max(1, width)
-    top, left, h, w = case["box"] = dino.crop_box(height, width, (low, high), rng)
+    top, left, h, w = case["box"] = data.crop_box(height, width, (low, high), rng)
     assert 0 < h and 0 < w and 0 <= top <= height - h and 0 <= left <= width - w
     central = (top, left) == ((height - h) // 2, (width - w) // 2) and (h == height or w == width)
     asked = ((h - 0.5) * (w - 0.5) <= high * height * width and (h + 0.5) * (w + 0.5) >= low * height * width
@@ -251,8 +251,8 @@ def test_batches_of_processes_join_to_the_batches(rng, case):
 
     def args(accum):
         return type("Args", (), dict(batch_size=size, accum=accum, epochs=epochs, seed=3))
-    whole = list(train.Batches(n, args(1), 0, 1, 0))
-    parts = [list(train.Batches(n, args(accum), rank, world, start)) for rank in range(world)]
+    whole = list(data.Batches(n, args(1), 0, 1, 0))
+    parts = [list(data.Batches(n, args(accum), rank, world, start)) for rank in range(world)]
     joined = [[key for part in parts for chunk in part[step * accum:(step + 1) * accum] for key in chunk]
               for step in range(len(whole) - start)]
     assert joined == whole[start:] and len(whole) == epochs * (n // size)

@@ -22,6 +22,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as disk
+import data
 import dino
 import shapes
 import train
@@ -205,6 +206,18 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
     assert shape("--dim 128 --heads 4") == (128, train.RECIPES["shapes"]["depth"], 4)
 
 
+def scenes(size, length):
+    """The embedded data set, as train.py sees it."""
+    flags = f"--patch-size 8 --image-size {size} --batch-size {length} --length {length}"
+    return train.open_data(train.parse_args(flags.split()))
+
+
+def test_pretraining_sees_the_train_scenes():
+    images, sets = scenes(32, 6), [shapes.Shapes(split, 32, 6) for split in ("train", "val")]
+    assert all(torch.equal(images[i], sets[0][i]["image"]) for i in range(6))
+    assert not any(torch.equal(x, sets[1][i]["image"]) for x in images for i in range(6))
+
+
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 def plain_step(student, teacher, center, moments, views, lr, wd, momentum, temp, freeze, student_temp, clip):
@@ -239,15 +252,15 @@ def test_three_steps_equal_the_algorithm_written_as_loops(student_temp, clip):
     cpu = torch.device("cpu")
     ours, plain = train.Run(args, cpu), train.Run(args, cpu)
     start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
-    multicrop = dino.MultiCrop(32, 16, 2)
-    crops = train.Crops(train.Scenes(32, 24), multicrop, seed=0)
+    multicrop = data.MultiCrop(32, 16, 2)
+    crops = data.Crops(scenes(32, 24), multicrop, seed=0)
     center, moments = torch.zeros(1, 64), {}
     for step in range(3):
         now = dict(lr=1e-3, wd=5.0, momentum=0.9, temp=0.05 + 0.01 * step)
-        batch = train.collate([crops[0, i] for i in range(8 * step, 8 * step + 8)])[:-1]
+        batch = data.collate([crops[0, i] for i in range(8 * step, 8 * step + 8)])[:-1]
         freeze = step == 0
-        loss, *_ = train.train_step(ours, ours.student, [batch], multicrop, step, 0, now, freeze)
-        order = train.rng(train.JITTER, args.seed, step).permutation(4)
+        loss, *_ = train.train_step(ours, [batch], multicrop, step, now, freeze)
+        order = data.generator(data.JITTER_ORDER, args.seed, step).permutation(4)
         views = multicrop.photometric(*batch, order)
         expected, center = plain_step(plain.student, plain.teacher, center, moments, views, freeze=freeze, **now,
                                       student_temp=student_temp, clip=clip)
@@ -268,7 +281,7 @@ def test_teacher_is_a_copy_of_the_student_and_not_the_student(uninterrupted):
     for resumed in (False, True):
         model = train.Run(train.parse_args(LONG), torch.device("cpu"))
         if resumed:
-            model.load(load(uninterrupted / "checkpoint.pt"), "checkpoint.pt")
+            disk.restore_run(model, load(uninterrupted / "checkpoint.pt"), "checkpoint.pt")
         places = [{p.untyped_storage().data_ptr() for p in net.parameters()} for net in (model.student, model.teacher)]
         assert len(places[0]) == len(places[1]) == len(list(model.student.parameters()))
         assert not places[0] & places[1]
@@ -308,7 +321,7 @@ SAME_NUMBERS = set("data arch workers accum no_fused compile out save_every save
 
 def test_every_flag_has_an_effect_on_training():
     base = [*TINY, *"--length 16 --epochs 2 --warmup-teacher-temp-epochs 2 --teacher-temp 0.07".split()]
-    assert OTHER.keys() | SAME_NUMBERS == train.plain(train.parse_args(base)).keys()
+    assert OTHER.keys() | SAME_NUMBERS == disk.plain(train.parse_args(base)).keys()
 
     def trained(*flags):
         state = run("_".join(["run", *flags]), *flags, base=base)
@@ -316,16 +329,10 @@ def test_every_flag_has_an_effect_on_training():
 
     plain, idle = trained(), []
     for name, value in OTHER.items():
-        other = trained(train.flag(name), *str(value).split())
+        other = trained(disk.flag(name), *str(value).split())
         if plain.keys() == other.keys() and all(torch.equal(x, other[path]) for path, x in plain.items()):
             idle.append(name)
     assert idle == []
-
-
-def test_pretraining_sees_the_train_scenes():
-    images, scenes = train.Scenes(32, 6).images, [shapes.Shapes(split, 32, 6) for split in ("train", "val")]
-    assert all(torch.equal(images[i], scenes[0][i]["image"]) for i in range(6))
-    assert not any(torch.equal(x, scenes[1][i]["image"]) for x in images for i in range(6))
 
 
 def test_stochastic_depth_is_another_in_every_step_micro_batch_and_process(monkeypatch):
@@ -339,8 +346,8 @@ def test_stochastic_depth_is_another_in_every_step_micro_batch_and_process(monke
 
     monkeypatch.setattr(vit.Block, "drop", drop)
     model, now = train.Run(args, torch.device("cpu")), dict(lr=0, wd=0, momentum=1, temp=0.05)
-    for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
-        train.train_step(model, model.student, micro_batches(args), multicrop_of(args), step, rank, now, False)
+    for step, model.rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        train.train_step(model, micro_batches(args), multicrop_of(args), step, now, False)
     calls = 2 * 2 * 2                                               # branches, sizes, micro-batches
     assert drawn[:calls] == drawn[3 * calls:] and len(set(drawn[:3 * calls])) == 3 * calls
 
@@ -386,22 +393,22 @@ def test_bf16_autocast_starts_where_float32_does(tmp_path):
     assert first["bf16"]["loss"] == pytest.approx(first["off"]["loss"], rel=0.02)
 
 
-def micro_batches(args, step=0, source=None):
+def micro_batches(args, step=0):
     """The crops of a step of `args` on the embedded data, as the loop hands them on."""
-    crops = train.Crops(source or train.Scenes(args.image_size, args.batch_size), multicrop_of(args), args.seed)
-    order = train.Batches(args.batch_size, args, 0, 1, step)
-    return [train.collate([crops[key] for key in keys])[:-1] for keys in itertools.islice(order, args.accum)]
+    crops = data.Crops(scenes(args.image_size, args.batch_size), multicrop_of(args), args.seed)
+    order = data.Batches(args.batch_size, args, 0, 1, step)
+    return [data.collate([crops[key] for key in keys])[:-1] for keys in itertools.islice(order, args.accum)]
 
 
 def multicrop_of(args):
-    return dino.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+    return data.MultiCrop(args.image_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
 
 
-def steps(model, args, number, network=None, start=0):
+def steps(model, args, number, start=0):
     """(loss, gradient norm) of steps without the loop."""
     now = dict(lr=1e-3, wd=0.1, momentum=0.9, temp=0.05)
-    return [torch.stack(train.train_step(model, network or model.student, micro_batches(args, step), multicrop_of(args),
-                                         step, 0, now, False)[:2]).tolist() for step in range(start, start + number)]
+    return [torch.stack(train.train_step(model, micro_batches(args, step), multicrop_of(args), step, now, False)[:2])
+            .tolist() for step in range(start, start + number)]
 
 
 @pytest.fixture
@@ -428,7 +435,8 @@ def test_compiled_networks_in_ddp_compute_what_plain_ones_do(monkeypatch, one_pr
     first = {}
     for args in (plain, train.parse_args([*TINY, *flags, "--compile"])):
         model = train.Run(args, torch.device("cpu"))
-        (first[args.compile],) = steps(model, args, 1, DistributedDataParallel(model.student, bucket_cap_mb=1))
+        model.ddp = DistributedDataParallel(model.student, bucket_cap_mb=1)
+        (first[args.compile],) = steps(model, args, 1)
     torch._dynamo.reset()
     assert len(graphs) > 3                                          # more than one for each network and size
     assert first[True] == pytest.approx(first[False], rel=1e-4)
@@ -497,40 +505,6 @@ def test_any_split_of_the_batch_gives_the_same_loss_centre_and_gradients(tmp_pat
         assert (ours[name] - reference[name]).norm() <= 1e-4 * scale, name
 
 
-def order(n, batch_size, rank=0, world=1, accum=1, start=0, epochs=3, seed=0):
-    args = train.parse_args([*TINY, f"--batch-size={batch_size}", f"--accum={accum}", f"--epochs={epochs}",
-                             f"--seed={seed}"])
-    return list(train.Batches(n, args, rank, world, start))
-
-
-@pytest.mark.parametrize("world, accum", [(1, 2), (2, 1), (2, 3), (6, 1)])
-def test_parts_of_a_batch_join_to_the_batch(world, accum):
-    whole = order(45, 12)
-    parts = [order(45, 12, rank, world, accum) for rank in range(world)]
-    for step, batch in enumerate(whole):
-        joined = [key for part in parts for micro in part[step * accum:(step + 1) * accum] for key in micro]
-        assert joined == batch
-    assert all(len(part) == len(whole) * accum for part in parts)
-
-
-def test_an_epoch_is_a_permutation_and_the_next_one_another():
-    batches = order(45, 12)
-    assert len(batches) == 9                                        # three per epoch; nine pictures sit out
-    epochs = [sum(batches[e * 3:e * 3 + 3], []) for e in range(3)]
-    for e, keys in enumerate(epochs):
-        assert {epoch for epoch, _ in keys} == {e}
-        assert len({i for _, i in keys}) == 36 and {i for _, i in keys} <= set(range(45))
-    assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
-    assert {i for _, i in epochs[0]} != {i for _, i in epochs[1]}   # and others sit out
-    assert order(45, 12, seed=1) != batches
-
-
-@pytest.mark.parametrize("start", [1, 3, 4, 9])
-def test_order_goes_on_from_any_step(start):
-    assert order(45, 12, start=start) == order(45, 12)[start:]
-    assert order(45, 12, 1, 2, 2, start=start) == order(45, 12, 1, 2, 2)[2 * start:]
-
-
 def test_number_of_workers_changes_nothing(tmp_path):
     states = [run(tmp_path / str(n), "--workers", str(n), "--drop-path", "0.1") for n in (0, 2)]
     assert not differing(*states)
@@ -539,10 +513,10 @@ def test_number_of_workers_changes_nothing(tmp_path):
 def test_seed_changes_weights_and_crops(tmp_path):
     a, b = (train.Run(train.parse_args([*TINY, "--seed", seed]), torch.device("cpu")) for seed in "01")
     assert not torch.equal(a.student.backbone.pos_embed, b.student.backbone.pos_embed)
-    source = train.Scenes(32, 2)
+    source = scenes(32, 2)
 
     def crops(seed, epoch, index):
-        return train.Crops(source, dino.MultiCrop(32, 16, 2), seed)[epoch, index][0]
+        return data.Crops(source, data.MultiCrop(32, 16, 2), seed)[epoch, index][0]
 
     first = crops(0, 0, 0)
     assert torch.equal(first, crops(0, 0, 0))
@@ -649,23 +623,23 @@ def test_a_flag_that_the_run_had_and_its_path_with_spaces_are_given_back(tmp_pat
     monkeypatch.setattr(train, "Run", lambda *args: pytest.fail("trained"))
     args = train.parse_args([*TINY, "--data", str(tmp_path / "two words"), "--norm-last-layer"])
     args.images, args.fingerprint = 32, "scenes 1"
-    state = {name: kind() for name, kind in train.CHECKPOINT.items() if kind is not torch.Tensor}
-    torch.save(dict(state, center=torch.zeros(1), args=train.plain(args)), tmp_path / "checkpoint.pt")
+    state = {name: kind() for name, kind in disk.RUN.items() if kind is not torch.Tensor}
+    torch.save(dict(state, center=torch.zeros(1), args=disk.plain(args)), tmp_path / "checkpoint.pt")
     assert exits([*TINY, "--out", tmp_path]) == (2, "")
     message = capsys.readouterr().err
     assert f"--data '{tmp_path}/two words'" in message and " --norm-last-layer " in message
 
 
 def test_resume_goes_on_with_the_flags_of_the_run(tmp_path, uninterrupted, capsys, monkeypatch):
-    honest = train.train_step
+    honest = train.schedules
 
-    def struck(run, model, micro_batches, multicrop, step, *rest, **kw):
+    def struck(args, step, per_epoch):
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+        return honest(args, step, per_epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", struck)
+        patch.setattr(train, "schedules", struck)
         assert exits([*LONG, "--out", tmp_path / "run", "--save-steps", "1000"]) == (128 + signal.SIGTERM, "")
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     train.main(["--resume", str(moved), "--log-every", "1"])
@@ -724,7 +698,7 @@ def test_a_second_run_in_the_same_folder_is_kept_out_and_changes_nothing(tmp_pat
     finally:
         first.kill()
         first.wait()
-    train.take(out, is_main=True).close()                           # what a killed process leaves keeps nobody out
+    disk.lock(out).close()                                          # what a killed process leaves keeps nobody out
 
 
 def test_a_log_line_cut_short_does_not_stop_a_resume(tmp_path):
@@ -732,7 +706,7 @@ def test_a_log_line_cut_short_does_not_stop_a_resume(tmp_path):
     log, state = tmp_path / "log.jsonl", load(tmp_path / "checkpoint.pt")
     whole = log.read_text()
     log.write_text(whole + '{"args": {"versions": {}}')             # ends in a brace, and is no JSON
-    train.Log(tmp_path, True, state["step"])
+    disk.Log(tmp_path, True, state["step"])
     assert log.read_text() == whole
 
 
@@ -785,7 +759,7 @@ def test_numbered_files_of_more_than_9999_epochs(tmp_path):
     args = train.parse_args([*TINY, *"--epochs 20000 --save-every 5".split()])
     model = train.Run(args, torch.device("cpu"))
     for epoch in (0, 9_995, 9_999, 10_000, 20_000):                 # 9,999 is not due
-        model.save(tmp_path, 3 * epoch, 3, is_main=True)
+        train.save(model, tmp_path, 3 * epoch, 3)
     found = {path.name: load(path)["epoch"] for path in tmp_path.glob("checkpoint_*")}
     assert found == {"checkpoint_0000.pt": 0, "checkpoint_9995.pt": 9_995, "checkpoint_10000.pt": 10_000,
                      "checkpoint_20000.pt": 20_000}
@@ -810,11 +784,11 @@ def test_failed_write_ends_the_run_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["weight", "gradient", "centre", "input", "teacher's output"])
 @pytest.mark.parametrize("log_every", ["1", "1000"])                # found on a log line, found before a save
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch, where, log_every):
-    honest = train.train_step
+    honest, number = train.train_step, iter(range(1, 99))
 
-    def planted(run, model, micro_batches, multicrop, step, *rest, **kw):
-        if step != 5:                                               # the sixth
-            return honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+    def planted(run, micro_batches, multicrop, *rest, **kw):
+        if next(number) != 6:
+            return honest(run, micro_batches, multicrop, *rest, **kw)
         hook = None
         if where == "weight":
             run.student.backbone.cls_token.data[0, 0, 0] = math.nan
@@ -827,7 +801,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
             hook = run.teacher.head.register_forward_hook(lambda module, args, logits: logits / 0)
         else:
             run.teacher.head.last_layer.weight_g.data[3] = math.inf
-        result = honest(run, model, micro_batches, multicrop, step, *rest, **kw)
+        result = honest(run, micro_batches, multicrop, *rest, **kw)
         if hook:
             hook.remove()
         multicrop.__dict__.pop("photometric", None)
@@ -883,7 +857,7 @@ def test_fp16_scale_grows_and_a_step_that_overflows_is_skipped(fp16, tmp_path):
     assert model.scaler.get_scale() == 2
     assert all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
     assert {int(state["step"]) for state in model.optimizer.state.values()} == {2}
-    model.check(tmp_path)                                           # nothing to stop for
+    train.check_finite(model, tmp_path)                                           # nothing to stop for
     steps(model, args, 1, start=3)
     assert not all(torch.equal(p, before) for p, before in zip(model.student.parameters(), student, strict=True))
     assert not torch.equal(model.loss.center, center)
@@ -892,14 +866,18 @@ def test_fp16_scale_grows_and_a_step_that_overflows_is_skipped(fp16, tmp_path):
 def test_fp16_run_goes_on_from_its_checkpoint_bit_for_bit(fp16, tmp_path):
     args, model = fp16()
     steps(model, args, 3)                                           # grown once, and half of the next wait is over
-    model.save(tmp_path, 3, 4, is_main=True)
+    train.save(model, tmp_path, 3, 4)
     expected = steps(model, args, 3, start=3)
     state = load(tmp_path / "checkpoint.pt")
     assert state["scaler"]["scale"] == 4 and state["scaler"]["_growth_tracker"] == 1
     args, again = fp16()
-    again.load(state, tmp_path / "checkpoint.pt")
+    disk.restore_run(again, state, tmp_path / "checkpoint.pt")
     assert steps(again, args, 3, start=3) == expected
-    assert not differing(model.state(6, 1), again.state(6, 1), keys=(*TRAINED, "scaler"))
+    ends = []
+    for end in (model, again):
+        train.save(end, tmp_path, 6, 4)
+        ends.append(load(tmp_path / "checkpoint.pt"))
+    assert not differing(*ends, keys=(*TRAINED, "scaler"))
     assert model.scaler.get_scale() == 16
 
 
@@ -907,14 +885,14 @@ def test_fp16_that_overflows_in_every_step_stops_the_run(tmp_path):
     """The scaler halves its scale in a step that overflows, and skips it; below 1 there is nothing left to try."""
     model = train.Run(train.parse_args(TINY), torch.device("cpu"))
     model.args.amp, model.scaler = "fp16", torch.amp.GradScaler("cpu", init_scale=4.0)
-    model.check(tmp_path)
+    train.check_finite(model, tmp_path)
     for _ in range(3):
         loss = model.student.backbone.cls_token.sum() * math.inf
         model.scaler.scale(loss).backward()
         model.scaler.step(model.optimizer)
         model.scaler.update()
     with pytest.raises(SystemExit, match="loss scale fell below 1.*--amp bf16"):
-        model.check(tmp_path)
+        train.check_finite(model, tmp_path)
     assert model.student.backbone.cls_token.isfinite().all()
 
 
@@ -984,9 +962,9 @@ def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
     lines = ['{"args": {}}', *(json.dumps({"step": step}) for step in (1, 4, 8, 12)), '{"step": 13, "lo']
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(lines))
-    train.Log(tmp_path, False, 8)                                   # not the main process
+    disk.Log(tmp_path, False, 8)                                   # not the main process
     assert path.read_text() == "\n".join(lines)
-    train.Log(tmp_path, True, 8).record({"step": 9}, "step 9")
+    disk.Log(tmp_path, True, 8).record({"step": 9}, "step 9")
     assert path.read_text().splitlines() == [*lines[:4], '{"step": 9}']
     assert capsys.readouterr().out == "step 9\n"                    # no terminal: a plain line
 
@@ -1014,10 +992,10 @@ def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
 ])
 def test_collapse_is_called_by_name(record, sign):
     healthy = dict(loss=2.0, entropy=1.0)
-    warning = train.collapse([healthy] * 3 + [record] * 5, math.log(64))
+    warning = dino.collapse([healthy] * 3 + [record] * 5, math.log(64))
     assert sign in warning and "--" in warning if sign else warning is None
-    assert train.collapse([record] * 4, math.log(64)) is None       # too early to tell
-    assert train.collapse([record] * 4 + [healthy], math.log(64)) is None
+    assert dino.collapse([record] * 4, math.log(64)) is None       # too early to tell
+    assert dino.collapse([record] * 4 + [healthy], math.log(64)) is None
 
 
 def test_collapsed_run_warns_once(tmp_path, capsys):
@@ -1026,152 +1004,6 @@ def test_collapsed_run_warns_once(tmp_path, capsys):
 
 
 # ---- folders of images ----------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def tree(tmp_path):
-    """A folder as people have them; {path: (height, width, mean colour)} of the readable pictures, and the others."""
-    root = tmp_path / "pictures"
-    (root / "train/cats/deep er").mkdir(parents=True)
-    (root / "val").mkdir()
-    readable, broken = {}, []
-
-    def draw(name, mode, colour, expected, size=(40, 30), **options):
-        path = root / "train" / name
-        Image.new(mode, size, colour).save(path, **options)
-        readable[str(path)] = (size[1], size[0], expected)
-
-    draw("top.png", "RGB", (200, 10, 90), (200, 10, 90))
-    draw("cats/a.JPG", "RGB", (128, 128, 128), (128, 128, 128))
-    draw("cats/deep er/b.jpeg", "L", 77, (77, 77, 77))
-    draw("cats/cmyk.jpg", "CMYK", (0, 255, 0, 0), (255, 0, 255))
-    draw("cats/really_png.jpg", "RGB", (1, 2, 3), (1, 2, 3), format="PNG")
-    draw("cats/deep.png", "I;16", 40_000, (156, 156, 156))
-    draw("cats/alpha.png", "RGBA", (9, 8, 7, 30), (9, 8, 7))
-    draw("cats/palette.gif", "P", 0, (0, 0, 0))
-    draw("cats/dot.png", "RGB", (5, 6, 7), (5, 6, 7), size=(1, 1))
-    draw("cats/line.bmp", "RGB", (5, 6, 7), (5, 6, 7), size=(90, 1))
-    Image.effect_noise((64, 64), 90).save(root / "train/cats/cut.jpg")
-    whole = (root / "train/cats/cut.jpg").read_bytes()
-    (root / "train/cats/cut.jpg").write_bytes(whole[:len(whole) // 2])
-    (root / "train/text.jpg").write_text("<html>404 Not Found</html>")
-    (root / "train/empty.png").touch()
-    broken = [str(root / "train" / name) for name in ("cats/cut.jpg", "text.jpg", "empty.png")]
-    (root / "train/labels.txt").write_text("no picture")
-    Image.new("RGB", (8, 8)).save(root / "val/other.png")
-    return root, readable, broken
-
-
-def test_images_are_found_in_train_at_any_depth(tree):
-    root, readable, broken = tree
-    assert train.list_images(str(root)) == sorted([*readable, *broken])
-
-
-def test_flat_folder_without_train(tmp_path):
-    for name in ("b.png", "a.jpeg", "c.txt", "d"):
-        (tmp_path / name).touch()
-    assert train.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
-
-
-def test_hidden_files_and_folders_are_no_pictures(tmp_path):
-    for name in (".cache/set/a/x.png", ".cache/set/a/._x.png", ".cache/set/.ipynb_checkpoints/x-checkpoint.png",
-                 ".cache/set/.Trash/a/y.png", ".cache/set/.hidden.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    root = tmp_path / ".cache/set"                                  # what lies above the folder does not matter
-    assert train.list_images(str(root)) == [str(root / "a/x.png")]
-
-
-def test_loops_of_links_end_and_links_count(tmp_path):
-    (tmp_path / "set/a").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    for path in ("set/a/x.png", "elsewhere/y.png"):
-        (tmp_path / path).touch()
-    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
-    (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "set/z.png").symlink_to(tmp_path / "set/a/x.png")
-    found = [os.path.relpath(path, tmp_path / "set") for path in train.list_images(str(tmp_path / "set"))]
-    assert found == ["a/x.png", "again/y.png", "z.png"]             # elsewhere once, under the first of its names
-
-
-def test_readable_files_are_read_whatever_they_are_called(tree):
-    root, readable, _ = tree
-    pictures = train.Pictures(sorted(readable))
-    assert len(pictures) == len(readable)
-    for i in range(len(pictures)):
-        image = pictures.read(i)
-        height, width, colour = readable[pictures.name(i)]
-        assert image.dtype == torch.uint8 and image.shape == (3, height, width)
-        assert (image.float().mean((1, 2)) - torch.tensor(colour)).abs().max() <= 2, pictures.name(i)   # JPEG rounds
-
-
-def test_every_readable_file_can_be_cropped(tree):
-    root, readable, _ = tree
-    crops = train.Crops(train.Pictures(sorted(readable)), dino.MultiCrop(32, 16, 2), 0)
-    for i in range(len(readable)):
-        large, small, draws, failed = crops[0, i]
-        assert large.shape == (2, 3, 32, 32) and small.shape == (2, 3, 16, 16) and not failed
-
-
-def test_unreadable_file_gives_way_to_another_by_seed_epoch_and_index(tree):
-    root, readable, broken = tree
-    paths = train.list_images(str(root))
-
-    def item(seed, epoch, path):
-        return train.Crops(train.Pictures(paths), dino.MultiCrop(32, 16, 2), seed)[epoch, paths.index(path)]
-
-    colours = torch.tensor([colour for *_, colour in readable.values()]).float()
-    seen = set()
-    for epoch in range(8):
-        for path in broken:
-            large, small, draws, failed = item(0, epoch, path)
-            assert failed[0] == path and set(failed) <= set(broken)
-            again = item(0, epoch, path)
-            assert all(torch.equal(x, y) for x, y in zip((large, small, draws), again[:3], strict=True))
-            assert again[3] == failed
-            distance = (large.float().mean((0, 2, 3)) - colours).abs().amax(1)      # flat pictures: known by colour
-            assert distance.min() <= 2
-            seen.add((path, int(distance.argmin())))
-    for path in broken:
-        assert len({which for p, which in seen if p == path}) > 1   # another epoch, another replacement
-
-
-def test_folder_of_nothing_readable_does_not_hang(tmp_path):
-    (tmp_path / "a.png").touch()
-    large, *_, failed = train.Crops(train.Pictures([str(tmp_path / "a.png")]), dino.MultiCrop(32, 16, 0), 0)[0, 0]
-    assert len(failed) == 100 and (large == 128).all()
-
-
-class Said(list):
-    say = list.append
-
-
-def test_each_unreadable_file_is_reported_once():
-    reads, log = train.Reads(), Said()
-    for _ in range(3):
-        reads.add(500, ["a.jpg", "b.jpg"])
-        reads.report(log, epoch_over=True)
-    assert len(log) == 2 and "a.jpg" in log[0] and "b.jpg" in log[1]
-    assert (reads.total, reads.failed) == (1506, 6)
-
-
-@pytest.mark.parametrize("good, bad, epoch_over, stops", [
-    (900, 99, False, False),                                        # 999 reads: too early to judge
-    (900, 100, False, True),
-    (990, 10, True, False),                                         # 1 % is not more than 1 %
-    (989, 11, False, True),
-    (30, 1, False, False),
-    (30, 1, True, True),                                            # small folders are judged after an epoch
-])
-def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_over, stops):
-    reads = train.Reads()
-    reads.add(good, [f"{i:03d}.jpg" for i in range(bad)])
-    if stops:
-        with pytest.raises(SystemExit, match=f"000.jpg.*{bad} unreadable files?; {bad} of {good + bad} reads.*1 %"):
-            reads.report(Said(), epoch_over)
-    else:
-        assert reads.report(Said(), epoch_over) == bad
-
 
 def draw_folder(root, good, bad):
     root.mkdir(parents=True)
