@@ -1,6 +1,6 @@
 """Linear probe: top-1 of a linear classifier on the frozen [CLS]; and weighted k-NN, which has nothing to train.
 
-    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                  add --knn for k-NN alone
+    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                  expect 89 %; --knn: k-NN alone
     python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt    the untrained control
     python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
 
@@ -39,8 +39,8 @@ from shapes import CLASSES, FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it in seconds.
 PAPER = dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100)
-FEW = dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200)
-RECIPES = {"imagenet": PAPER, "folder": PAPER, "shapes": FEW}
+SHAPES = dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200)
+RECIPES = {"imagenet": PAPER, "folder": PAPER, "shapes": SHAPES}
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)     # per 256 images
 NEIGHBOURS = (10, 20, 100, 200)                                     # k of k-NN; 20 is the headline, as in DINO
 TEMPERATURE = 0.07
