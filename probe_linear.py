@@ -1,7 +1,7 @@
 """Linear probe: top-1 of a linear classifier on the frozen [CLS]; and weighted k-NN, which has nothing to train.
 
-    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                  expect 89 %; --knn: k-NN alone
-    python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt    the untrained control
+    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                expect 89 %; --knn: k-NN alone
+    python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt  the untrained control
     python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
 
 Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CLS] of the last block after the final
