@@ -20,6 +20,7 @@ written to --out.
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -34,69 +35,72 @@ import checkpoint
 import vit
 from shapes import FINGERPRINT, Shapes
 
+HIGH = 5                                                            # times the median norm of the image's patches
+
+
+# ------------------------------------------------------------------------------------------- the measure
+def point_in_box(similarity, inside):
+    """(B,) bool: the largest of the (B, h, w) similarities, the first of equals, lies in the (B, h, w) boxes."""
+    top = similarity.flatten(1).argmax(1, keepdim=True)
+    return inside.flatten(1).gather(1, top)[:, 0]
+
+
+def centre(inside):
+    """(B,) share of the central patch, or of the central four of an even grid, in the (B, h, w) boxes."""
+    middle = slice((inside.shape[-1] - 1) // 2, inside.shape[-1] // 2 + 1)
+    return inside[:, middle, middle].double().mean((1, 2))
+
+
+def mean_where(values, mask):
+    """(B,) means of (B, h, w) values over a (B, h, w) mask; NaN where it is empty."""
+    return (values * mask).sum((1, 2)) / mask.sum((1, 2))
+
+
+def block_signs(weights, x, model, inside, raw):
+    """What one block shows of each image: dict of (B,) float tensors, and support (B, H). x (B, T, D) is its output."""
+    R = model.config.registers
+    y = x if raw else vit.route(x, model.norm, model.norm_cls)
+    cosine = F.cosine_similarity(y[:, :1], y[:, 1 + R:], dim=-1).view(inside.shape)         # (B, h, w)
+    norms = x[:, 1 + R:].norm(dim=-1)                               # (B, N), before the norm, which would level them
+    from_patches = weights[:, :, 1 + R:].mean((1, 2))               # (B, T): over heads and patches
+    return dict(
+        pib=point_in_box(cosine, inside).float(),
+        cos_inside=mean_where(cosine, inside), cos_outside=mean_where(cosine, ~inside),
+        to_cls=from_patches[:, 0], to_registers=from_patches[:, 1:1 + R].sum(1),
+        high_norm=(norms > HIGH * norms.median(1, keepdim=True).values).float().mean(1),
+        support=(weights > 0).float().sum(-1).mean(-1),
+    )
+
+
+@torch.inference_mode()
+def measure(model, images, args, device):
+    """(dict of (depth, ...) means over images, dict of counts) in one forward per batch."""
+    signs, boxes, finite = [{} for _ in model.blocks], [], True
+    for x, inside in DataLoader(images, args.batch_size, num_workers=args.workers):
+        boxes.append(inside)
+        x, inside = x.to(device), inside.to(device)
+        with checkpoint.autocast(device, args.amp):
+            x = model.embed(vit.normalize(x))
+            for block, seen in zip(model.blocks, signs, strict=True):
+                weights = block.attn.weights(vit.route(x, block.norm1, block.norm1_cls))
+                x = block(x)
+                for name, values in block_signs(weights, x.float(), model, inside, args.raw).items():
+                    seen.setdefault(name, []).append(values.double().cpu())
+            finite &= bool(x.isfinite().all())
+    if not finite:
+        raise ValueError("its features are not finite; the weights are damaged")
+    means = {name: torch.stack([torch.cat(seen[name]).nanmean(0) for seen in signs]) for name in signs[0]}
+    boxes = torch.cat(boxes)                                        # (n, h, w)
+    overlapped = boxes.flatten(1).sum(1)
+    return means, dict(chance=100 * overlapped.double().mean().item() / boxes[0].numel(),
+                       centre=100 * centre(boxes).mean().item(), n=len(boxes), missed=int((overlapped == 0).sum()),
+                       tokens=weights.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------- pictures and boxes
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-HIGH = 5                                                            # times the median norm
 
 
-# ------------------------------------------------------------------------------------------- command line
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # weights
-    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
-                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
-    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
-    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-    p.add_argument("--heads", type=int, help="attention heads, where the file does not say; default width / 64: DINO's")
-    # data
-    p.add_argument("--data", choices=["shapes", "folder"], default="shapes", help="folder: pictures with VOC-style XML")
-    p.add_argument("--root", help="folder of pictures, at any depth")
-    p.add_argument("--boxes", help="folder of <picture's name>.xml, at any depth; default --root")
-    p.add_argument("--max-area", type=float, default=0.25, help="keep images whose largest box covers less; a share")
-    p.add_argument("--all-objects", action="store_true", help="keep images of several objects too; any box is a hit")
-    # measure
-    p.add_argument("--raw", action="store_true", help="block outputs without the final norm")
-    # run
-    p.add_argument("--batch-size", type=int, default=64, help="images per forward")
-    p.add_argument("--seed", type=int, default=0, help="of --weights random")
-    p.add_argument("--amp", choices=list(PRECISION), default="off", help="of the forward; bf16 blurs small differences")
-    p.add_argument("--workers", type=int, help="loader processes; default 0 for shapes, else up to 10")
-    p.add_argument("--out", help="result file; default <weights without .pt>.pib.<data>.json")
-    args = p.parse_args(argv)
-    check_args(p, args)
-    return args
-
-
-def check_args(p, args):
-    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
-    if (args.root is None) != (args.data == "shapes"):
-        p.error("--data folder needs --root, a folder of pictures" if args.root is None else
-                "--data shapes takes no --root; its scenes are embedded")
-    if args.boxes and args.data == "shapes":
-        p.error("--data shapes takes no --boxes; its scenes bring them")
-    if args.like and args.weights != ["random"]:
-        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    if not 0 < args.max_area <= 1:
-        p.error(f"--max-area {args.max_area}: a share of the picture, above 0 and at most 1")
-    for name in "heads batch_size workers seed".split():
-        least, value = int(name in ("heads", "batch_size")), getattr(args, name)
-        if value is not None and value < least:
-            p.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else min(10, os.cpu_count())
-    if args.seed >= 2**63:
-        p.error(f"--seed {args.seed}: must be below 2^63")
-    args.boxes = args.boxes or args.root
-    try:
-        args.weights = checkpoint.list_checkpoints(args.weights)
-    except OSError as error:
-        sys.exit(str(error))
-    if args.out and len(args.weights) > 1:
-        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-
-
-# ------------------------------------------------------------------------------------------- boxes
 def overlap(boxes, grid, patch):
     """(grid, grid) bool: patches whose area any of the half-open pixel boxes (x0, y0, x1, y1) overlaps."""
     start = torch.arange(grid, dtype=torch.float64) * patch         # patch i covers [start_i, start_i + patch)
@@ -139,34 +143,32 @@ def refuse_sure_misses(path, size, boxes):
                              f"{size[0]} x {size[1]}; mend or remove it")
 
 
-# ------------------------------------------------------------------------------------------- data
-class Scenes:
-    """(uint8 image, overlapped patches) of the embedded val scenes whose box is small enough."""
+def area(x0, y0, x1, y1):
+    return (x1 - x0) * (y1 - y0)
 
-    def __init__(self, config, args):
-        self.scenes, self.config = Shapes("val", config.image_size, 1000), config
-        self.kept = []
-        for i in range(len(self.scenes)):
-            x0, y0, x1, y1 = self.scenes[i]["box"].tolist()
-            if (x1 - x0) * (y1 - y0) < args.max_area * config.image_size**2:
-                self.kept.append(i)
+
+class ShapesBoxes:
+    """(uint8 image, overlapped patches) of the embedded val scenes whose box is small enough; prints how many."""
+
+    def __init__(self, args, size, patch):
+        self.scenes, self.size, self.patch = Shapes("val", size, 1000), size, patch
+        self.kept = [i for i, scene in enumerate(self.scenes) if area(*scene["box"].tolist()) < args.max_area * size**2]
         self.fingerprint = FINGERPRINT
-        self.summary = f"{len(self.scenes):,} scenes, kept {len(self.kept):,} (box below {100 * args.max_area:g} %)"
+        print(f"shapes: {len(self.scenes):,} scenes, kept {len(self.kept):,} (box below {100 * args.max_area:g} %)")
 
     def __len__(self):
         return len(self.kept)
 
     def __getitem__(self, i):
         scene = self.scenes[self.kept[i]]
-        patch = self.config.patch_size
-        return scene["image"], overlap([scene["box"].tolist()], self.config.image_size // patch, patch)
+        return scene["image"], overlap([scene["box"].tolist()], self.size // self.patch, self.patch)
 
 
-class Pictures:
-    """(uint8 image, overlapped patches) of the pictures below --root that have a small enough box below --boxes."""
+class PicturesWithBoxes:
+    """(uint8 image, overlapped patches) of pictures of --root with a small enough box in --boxes; prints how many."""
 
-    def __init__(self, config, args):
-        self.config, self.transform = config, vit.eval_transform(config.image_size)
+    def __init__(self, args, size, patch):
+        self.size, self.patch, self.transform = size, patch, vit.eval_transform(size)
         pictures = by_stem(args.root, SUFFIXES)
         xmls = by_stem(args.boxes, (".xml",))
         pairs = sorted(pictures.keys() & xmls.keys())
@@ -178,7 +180,7 @@ class Pictures:
             (width, height), boxes = read_boxes(xmls[stem])
             if len(boxes) != 1 and not (args.all_objects and boxes):
                 several += 1
-            elif max((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) >= args.max_area * width * height:
+            elif max(area(*box) for box in boxes) >= args.max_area * width * height:
                 large += 1
             elif picture_size(pictures[stem]) != (width, height):   # its boxes belong to some other picture
                 odd += 1
@@ -186,22 +188,18 @@ class Pictures:
                 self.items.append((pictures[stem], boxes, (width, height)))
         self.fingerprint = "-".join([checkpoint.fingerprint(args.root, [pictures[stem] for stem in pairs]),
                                      checkpoint.fingerprint(args.boxes, (), [xmls[stem] for stem in pairs])])
-        self.summary = (f"{len(pictures):,} picture{'s' * (len(pictures) > 1)}, {len(pairs):,} with boxes, kept "
-                        f"{len(self.items):,}; left out {several:,} with "
-                        f"{'no' if args.all_objects else 'not exactly one'} object, {large:,} with a box of "
-                        f"{100 * args.max_area:g} % or more, {odd:,} of another size than their XML states")
+        print(f"folder: {len(pictures):,} picture{'s' * (len(pictures) > 1)}, {len(pairs):,} with boxes, kept "
+              f"{len(self.items):,}; left out {several:,} with "
+              f"{'no' if args.all_objects else 'not exactly one'} object, {large:,} with a box of "
+              f"{100 * args.max_area:g} % or more, {odd:,} of another size than their XML states", flush=True)
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         path, boxes, (width, height) = self.items[i]
-        size, patch = self.config.image_size, self.config.patch_size
-        mapped = [through_eval_transform(box, width, height, size) for box in boxes]
-        try:
-            return self.transform(vit.read_image(path)), overlap(mapped, size // patch, patch)
-        except Exception as error:                                  # Pillow's own messages mostly lack the name
-            raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+        mapped = [through_eval_transform(box, width, height, self.size) for box in boxes]
+        return self.transform(vit.read_image(path)), overlap(mapped, self.size // self.patch, self.patch)
 
 
 def by_stem(folder, suffixes):
@@ -229,65 +227,6 @@ def picture_size(path):
         raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
 
 
-# ------------------------------------------------------------------------------------------- the measure
-def point_in_box(similarity, inside):
-    """(B,) bool: the largest of the (B, h, w) similarities, the first of equals, lies in the (B, h, w) boxes."""
-    top = similarity.flatten(1).argmax(1, keepdim=True)
-    return inside.flatten(1).gather(1, top)[:, 0]
-
-
-def centre(inside):
-    """(B,) share of the central patch, or of the central four of an even grid, in the (B, h, w) boxes."""
-    middle = slice((inside.shape[-1] - 1) // 2, inside.shape[-1] // 2 + 1)
-    return inside[:, middle, middle].double().mean((1, 2))
-
-
-def mean_where(values, mask):
-    """(B,) means of (B, h, w) values over a (B, h, w) mask; NaN where it is empty."""
-    return (values * mask).sum((1, 2)) / mask.sum((1, 2))
-
-
-def block_signs(weights, x, model, inside, raw):
-    """What one block shows of each image: dict of (B,) float tensors, and support (B, H). x (B, T, D) is its output."""
-    R = model.config.registers
-    y = x if raw else vit.route(x, model.norm, model.norm_cls)
-    cosine = F.cosine_similarity(y[:, :1], y[:, 1 + R:], dim=-1).view(inside.shape)         # (B, h, w)
-    norms = x[:, 1 + R:].norm(dim=-1)                               # (B, N), before the norm, which would level them
-    from_patches = weights[:, :, 1 + R:].mean((1, 2))               # (B, T): over heads and patches
-    return dict(
-        pib=point_in_box(cosine, inside).float(),
-        cos_inside=mean_where(cosine, inside), cos_outside=mean_where(cosine, ~inside),
-        to_cls=from_patches[:, 0], to_registers=from_patches[:, 1:1 + R].sum(1),
-        high_norm=(norms > HIGH * norms.median(1, keepdim=True).values).float().mean(1),
-        support=(weights > 0).float().sum(-1).mean(-1),
-    )
-
-
-@torch.inference_mode()
-def measure(model, images, args, device):
-    """(dict of (depth, ...) means over images, dict of counts) in one forward per batch."""
-    signs, overlapped, central, finite = [{} for _ in model.blocks], [], [], True
-    for x, inside in DataLoader(images, args.batch_size, num_workers=args.workers):
-        overlapped.append(inside.flatten(1).sum(1))
-        central.append(centre(inside))
-        x, inside = x.to(device), inside.to(device)
-        with torch.autocast(device.type, PRECISION[args.amp], enabled=args.amp != "off"):
-            x = model.embed(vit.normalize(x))
-            for block, seen in zip(model.blocks, signs, strict=True):
-                weights = block.attn.weights(vit.route(x, block.norm1, block.norm1_cls))
-                x = block(x)
-                for name, values in block_signs(weights, x.float(), model, inside, args.raw).items():
-                    seen.setdefault(name, []).append(values.double().cpu())
-            finite &= bool(x.isfinite().all())
-    if not finite:
-        raise ValueError("its features are not finite; the weights are damaged")
-    means = {name: torch.stack([torch.cat(seen[name]).nanmean(0) for seen in signs]) for name in signs[0]}
-    overlapped = torch.cat(overlapped)
-    return means, dict(chance=100 * overlapped.double().mean().item() / inside[0].numel(),
-                       centre=100 * torch.cat(central).mean().item(), n=len(overlapped),
-                       missed=int((overlapped == 0).sum()), tokens=weights.shape[-1])
-
-
 # ------------------------------------------------------------------------------------------- results
 def print_table(path, means, counts):
     print(f"{path}: n {counts['n']:,}, {counts['missed']:,} of them with the box outside the crop; PiB by chance "
@@ -301,23 +240,18 @@ def print_table(path, means, counts):
               + " ".join(f"{value:.1f}" for value in row["support"]))
 
 
-def evaluate(path, args, device, opened):
-    """PiB of one file of weights: prints it and writes the result beside the weights. `opened`: data by grid."""
+def evaluate(path, args, device, data):
+    """PiB of one file of weights: prints it and writes the result beside the weights. `data(size, patch)`."""
     model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
-    grid = model.config.image_size, model.config.patch_size
-    if grid not in opened:
-        opened[grid] = (Scenes if args.data == "shapes" else Pictures)(model.config, args)
-        print(f"{args.data}: {opened[grid].summary}", flush=True)
-    images = opened[grid]
+    images = data(model.config.image_size, model.config.patch_size)
     if not len(images):
         raise ValueError(f"{args.root or args.data}: no image is left; raise --max-area or give --all-objects")
     result = dict(
         probe="pib", data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed,
         metrics=None,
-        protocol=dict(probe="pib", data=args.data, fingerprint=images.fingerprint, n=len(images), size=grid[0],
-                      max_area=args.max_area, all_objects=args.all_objects,
-                      norm="none" if args.raw else "final norm on every block", hit="patch area overlaps the box",
-                      precision=args.amp),
+        protocol=dict(probe="pib", data=args.data, fingerprint=images.fingerprint, n=len(images), size=images.size,
+                      max_area=args.max_area, all_objects=args.all_objects, precision=args.amp,
+                      norm="none" if args.raw else "final norm on every block", hit="patch area overlaps the box"),
     )
     default = checkpoint.result_path(path, "pib", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
@@ -333,17 +267,52 @@ def evaluate(path, args, device, opened):
     checkpoint.write_result(out, dict(result, metrics=dict(metrics, **counts)))
 
 
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                conflict_handler="resolve", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    checkpoint.add_flags(p, "pib")
+    # data
+    p.add_argument("--data", choices=["shapes", "folder"], default="shapes", help="folder: pictures with VOC-style XML")
+    p.add_argument("--root", help="folder of pictures, at any depth")
+    p.add_argument("--boxes", help="folder of <picture's name>.xml, at any depth; default --root")
+    p.add_argument("--max-area", type=float, default=0.25, help="keep images whose largest box covers less; a share")
+    p.add_argument("--all-objects", action="store_true", help="keep images of several objects too; any box is a hit")
+    # measure
+    p.add_argument("--raw", action="store_true", help="block outputs without the final norm")
+    p.add_argument("--batch-size", type=int, default=64, help="images per forward")
+    # in place of what all probes have
+    p.add_argument("--amp", choices=list(checkpoint.PRECISION), default="off",
+                   help="of the forward; bf16 blurs small differences")
+    p.add_argument("--workers", type=int, help="loader processes; default 0 for shapes, else up to 10")
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error("--data folder needs --root, a folder of pictures" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    if args.boxes and args.data == "shapes":
+        p.error("--data shapes takes no --boxes; its scenes bring them")
+    if not 0 < args.max_area <= 1:
+        p.error(f"--max-area {args.max_area}: a share of the picture, above 0 and at most 1")
+    checkpoint.check_flags(p, args, "batch_size")
+    if args.workers is None:
+        args.workers = 0 if args.data == "shapes" else min(10, os.cpu_count())
+    args.boxes = args.boxes or args.root
+
+
 def main(argv=None):
     checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = {}
+    data = functools.cache(functools.partial(ShapesBoxes if args.data == "shapes" else PicturesWithBoxes, args))
     for path in args.weights:
-        try:
-            evaluate(path, args, device, opened)
-        except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")      # as a loader process writes it
-            sys.exit(line if ": " in line else f"{path}: {line}")
+        with checkpoint.one_line(path):
+            evaluate(path, args, device, data)
 
 
 if __name__ == "__main__":

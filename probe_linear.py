@@ -1,15 +1,15 @@
 """Linear probe: top-1 of a linear classifier on the frozen [CLS]; and weighted k-NN, which has nothing to train.
 
-    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                  add --knn for k-NN alone
-    python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt    the untrained control
+    python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                expect 89 %; --knn: k-NN alone
+    python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt  the untrained control
     python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
 
 Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CLS] of the last block after the final
 norm, 12,500 iterations of 1,024 random-resized crops, SGD, 13 learning rates side by side, best final top-1.
 k-NN: DINO's weighted vote (Caron et al. 2021, app. F; Wu et al. 2018): the k train images of highest cosine similarity
 s vote for their class with weight exp(s / 0.07).
-The last line printed is the result as JSON, also written to --out; a probe that was asked to end saves, and the same
-command goes on from there.
+The last line printed is the result as JSON, also written to --out x.json; that of k-NN comes before it, and goes to
+x.knn.json. A probe that was asked to end saves, and the same command goes on from there.
 
     B images, D width, C classes, S head seeds, L learning rates
 """
@@ -21,7 +21,6 @@ import filecmp
 import functools
 import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -39,263 +38,18 @@ import vit
 from shapes import CLASSES, FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it in seconds.
-RECIPES = {
-    "imagenet": dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100),
-    "folder": dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100),
-    "shapes": dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200),
-}
+PAPER = dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100)
+SHAPES = dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200)
+RECIPES = {"imagenet": PAPER, "folder": PAPER, "shapes": SHAPES}
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)     # per 256 images
-NEIGHBOURS = (10, 20, 100, 200)                                     # 20 is the headline, as in DINO
+NEIGHBOURS = (10, 20, 100, 200)                                     # k of k-NN; 20 is the headline, as in DINO
 TEMPERATURE = 0.07
-TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-EXPECTED = {"imagenet": {"train": 1_281_167, "val": 50_000}}
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-ORDER, CROP = range(2)                                              # streams of random numbers
 
 
-# ------------------------------------------------------------------------------------------- command line
-def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
-
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--knn", action="store_true", help="k-NN only")
-    # weights
-    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
-                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
-    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
-    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-    p.add_argument("--heads", type=int, help="attention heads, where the file does not say; default width / 64: DINO's")
-    # data
-    p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
-    p.add_argument("--root", help=f"folder that holds {TREE}")
-    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds, and in "
-                   "val/ fewer classes than in train/")
-    # heads
-    p.add_argument("--iters", type=int, help="iterations; the cosine schedule scales with them")
-    p.add_argument("--batch-size", type=int, help="images per iteration")
-    p.add_argument("--micro-batch", type=int, default=256, help="images per forward")
-    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
-    # run
-    p.add_argument("--seed", type=int, default=0, help="of heads, crops and order of images; of --weights random")
-    p.add_argument("--amp", choices=list(PRECISION), help="of the frozen forward; default bf16 on CUDA, off on CPU")
-    p.add_argument("--workers", type=int, help="loader processes")
-    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
-    p.add_argument("--log-every", type=int, help="iterations between progress lines")
-    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
-                   "prediction, into <out without .json>.png")
-    p.add_argument("--out", help="result file; default <weights without .pt>.linear.<data>.json; k-NN's: .knn for "
-                   ".linear, or .knn.json in place of .json")
-    p.set_defaults(**recipe)
-    args = p.parse_args(argv)
-    check_args(p, args)
-    return args
-
-
-def check_args(p, args):
-    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
-    if (args.root is None) != (args.data == "shapes"):
-        p.error(f"--data {args.data} needs --root, a folder with {TREE}" if args.root is None else
-                "--data shapes takes no --root; its scenes are embedded")
-    if args.like and args.weights != ["random"]:
-        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    for name in "heads iters batch_size micro_batch seeds workers seed save_every log_every save_images".split():
-        least, value = name not in ("workers", "seed", "save_images"), getattr(args, name)
-        if value is not None and value < least:
-            p.error(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
-    if args.seed >= 2**63:
-        p.error(f"--seed {args.seed}: must be below 2^63")
-    try:
-        args.weights = checkpoint.list_checkpoints(args.weights)
-    except OSError as error:
-        sys.exit(str(error))
-    if args.out and len(args.weights) > 1:
-        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    if args.amp is None:
-        args.amp = "off"
-        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
-            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.micro_batch = min(args.micro_batch, args.batch_size)
-
-
-# ------------------------------------------------------------------------------------------- data
-class Scenes:
-    """The embedded data set as (uint8 image, label): 2,000 train scenes as in train.py's default, 1,000 val scenes."""
-
-    def __init__(self, split, size):
-        self.scenes = Shapes(split, size, {"train": 2000, "val": 1000}[split])
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, i):
-        scene = self.scenes[i]
-        return scene["image"], scene["label"]
-
-
-def read_picture(path):
-    try:
-        return vit.read_image(path)
-    except Exception as error:                                      # Pillow's own messages mostly lack the name
-        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
-
-
-def visible(names):
-    """Sorted, without what no user put there: .ipynb_checkpoints, ._0.jpg of macOS, __MACOSX of its archives."""
-    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
-
-
-class Pictures:
-    """(uint8 image (3, size, size), label) of the pictures below folder/<class>, at any depth."""
-
-    def __init__(self, folder, size):
-        self.transform, self.samples = vit.eval_transform(size), []
-        self.classes = visible(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        for label, name in enumerate(self.classes):
-            before = len(self.samples)
-            for below, folders, files in os.walk(folder / name, followlinks=True):
-                folders[:] = visible(folders)
-                self.samples += [(os.path.join(below, file), label) for file in visible(files)
-                                 if file.lower().endswith(SUFFIXES)]
-            if len(self.samples) == before:
-                raise ValueError(f"{folder / name}: holds no picture ({' '.join(SUFFIXES)}); add some, or remove it")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        path, label = self.samples[i]
-        return self.transform(read_picture(path)), label
-
-
-class Crops:
-    """Random-resized crop (8 to 100 % of the area) and flip of a train image, a function of (seed, epoch, index)."""
-
-    def __init__(self, images, size, seed):
-        self.samples, self.seed = images.samples, seed
-        self.transform = transforms.Compose([
-            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.PILToTensor(),
-        ])
-
-    def __getitem__(self, key):
-        path, label = self.samples[key[1]]
-        with torch.random.fork_rng(devices=[]):                     # torchvision draws from torch's global generator
-            torch.manual_seed(int(np.random.default_rng((CROP, self.seed, *key)).integers(2**63)))
-            return self.transform(read_picture(path)), label
-
-
-class Draws:
-    """Batch sampler: micro-batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
-
-    def __init__(self, n, args, start):
-        self.n, self.args, self.start = n, args, start
-
-    def __iter__(self):
-        size, epoch = self.args.batch_size, None
-        for t in range(self.start, self.args.iters):
-            keys = []
-            for position in range(t * size, (t + 1) * size):
-                if position // self.n != epoch:
-                    epoch = position // self.n
-                    order = np.random.default_rng((ORDER, self.args.seed, epoch)).permutation(self.n).tolist()
-                keys.append((epoch, order[position % self.n]))
-            for i in range(0, size, self.args.micro_batch):
-                yield keys[i:i + self.args.micro_batch]
-
-
-def refuse_loops(images):
-    """Links are followed: a loop of them, or two to one folder, would count pictures twice or in two classes."""
-    real = {}
-    for folder in sorted({os.path.dirname(path) for path, _ in images.samples}, key=lambda name: (len(name), name)):
-        first = real.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise ValueError(f"{folder}: is {first} again, through a link; remove the link")
-
-
-def refuse_trained_on(root, val):
-    """Of up to 1,000 evenly spread val pictures a tenth may be the train picture of the same name, byte for byte: more
-    is no chance, val/ is a copy of train/ or a link to it."""
-    looked = [path for path, _ in val.samples[::math.ceil(len(val) / 1000)]]
-    same = [path for path in looked if (twin := root / "train" / Path(path).relative_to(root / "val")).is_file()
-            and filecmp.cmp(path, twin, shallow=False)]
-    if same:
-        found = f"{same[0]}: is in train/ too, as {len(same):,} of {len(looked):,} val pictures looked at are"
-        if 10 * len(same) > len(looked):
-            raise ValueError(f"{found}; give a val/ that is not trained on")
-        print(found)
-
-
-def open_data(args, size):
-    """(train, val) data sets of (uint8 (3, size, size), label), the names of the classes, the data's fingerprint."""
-    if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size), CLASSES, FINGERPRINT
-    splits, root = [], Path(args.root)
-    for split in ("train", "val"):
-        images = Pictures(root / split, size)
-        if not images.classes:
-            found = visible(os.listdir(root))[:8] if root.is_dir() else "no such folder"
-            sys.exit(f"{root / split}: no class folders; {args.root} must hold {TREE}, and holds {found}")
-        refuse_loops(images)
-        expected = EXPECTED.get(args.data, {}).get(split, len(images))
-        print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
-        if len(images) < expected and not args.allow_partial:
-            sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
-        splits.append(images)
-    train, val = splits
-    if len(train.classes) == 1:
-        sys.exit(f"{args.root}: one class, {train.classes[0]}; to tell classes apart takes two")
-    odd = sorted(set(val.classes) - set(train.classes) if args.allow_partial else set(train.classes) ^ set(val.classes))
-    if odd:
-        sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes"
-                 + "; --allow-partial lets val/ lack some" * (set(odd) <= set(train.classes)))
-    val.samples = [(path, train.classes.index(val.classes[label])) for path, label in val.samples]
-    refuse_trained_on(root, val)
-    return train, val, train.classes, checkpoint.fingerprint(root, [path for path, _ in train.samples + val.samples])
-
-
-# ------------------------------------------------------------------------------------------- frozen features
-@torch.no_grad()                                                    # inference tensors could not enter a backward
-def frozen(model, images, args):
-    """(B, D) float32 [CLS] after the final norm of uint8 images (B, 3, S, S)."""
-    with torch.autocast(images.device.type, PRECISION[args.amp], enabled=args.amp != "off"):
-        return model(vit.normalize(images)).float()
-
-
-def extract(model, images, args, device):
-    """(N, D) float32 [CLS] features and (N,) labels, in the order of the data set."""
-    features, labels = [], []
-    for x, y in DataLoader(images, args.micro_batch, num_workers=args.workers):
-        features.append(frozen(model, x.to(device), args))
-        labels.append(y.to(device))
-    features = torch.cat(features)
-    if not features.isfinite().all():
-        raise ValueError(f"its features are not finite; the weights are damaged, or --amp {args.amp} overflows")
-    return features, torch.cat(labels)
-
-
-def batches(model, train, args, device, start):
-    """([CLS] (b, D), labels (b,)) of the micro-batches from iteration `start` on. `train`: images, or (features,
-    labels) of all of them where there is no augmentation."""
-    if isinstance(train, tuple):
-        for keys in Draws(len(train[0]), args, start):
-            i = torch.tensor([i for _, i in keys], device=device)
-            yield train[0][i], train[1][i]
-        return
-    crops = Crops(train, model.config.image_size, args.seed)
-    for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
-                           pin_memory=device.type == "cuda", worker_init_fn=checkpoint.deaf_worker):
-        yield frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
-
-
-# ------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------------------- what it computes
 class Heads(nn.Module):
-    """S x L linear classifiers in one matrix. The L of a seed start equal; seed k of a probe is the only one of a
-    probe with --seed k."""
+    """S x L linear classifiers in one matrix, so that one product trains them all. The L of a seed start equal; what a
+    seed gives does not depend on the others."""
 
     def __init__(self, dim, classes, seeds):
         super().__init__()
@@ -310,15 +64,37 @@ class Heads(nn.Module):
     def losses(self, x, labels):
         """(S, L) cross-entropies, each the mean over the images."""
         logits = self(x)
-        per_image = F.cross_entropy(logits.flatten(0, 2), labels.repeat_interleave(logits[0, ..., 0].numel()),
-                                    reduction="none")
-        return per_image.view(logits.shape[:3]).mean(0)
+        labels = labels.repeat_interleave(self.bias[..., 0].numel())                            # (B S L,)
+        return F.cross_entropy(logits.flatten(0, 2), labels, reduction="none").view(logits.shape[:3]).mean(0)
 
     @torch.no_grad()
     def predict(self, x, chunk=1024):
         """(N, S, L) classes; -1, which is never right, from a head that diverged."""
-        finite = self.weight.isfinite().flatten(2).all(2) & self.bias.isfinite().all(2)
+        finite = self.weight.isfinite().flatten(2).all(2) & self.bias.isfinite().all(2)        # (S, L)
         return torch.cat([torch.where(finite, self(part).argmax(-1), -1) for part in x.split(chunk)])
+
+
+def knn(bank, bank_labels, queries, labels, classes, neighbours=NEIGHBOURS, chunk=256):
+    """{k: top-1 in percent} of DINO's weighted vote, of features (N, D). k is capped at the bank's size."""
+    bank, queries = F.normalize(bank), F.normalize(queries)         # a product of two is their cosine
+    correct = dict.fromkeys(neighbours, 0)
+    for q, y in zip(queries.split(chunk), labels.split(chunk), strict=True):    # (chunk, N) similarities at a time
+        similarity, index = (q @ bank.T).topk(min(max(neighbours), len(bank)))  # (chunk, k), best first
+        votes = (similarity / TEMPERATURE).exp()
+        classes_of = bank_labels[index]
+        for k in neighbours:
+            tally = torch.zeros(len(q), classes, device=q.device)
+            tally.scatter_add_(1, classes_of[:, :k], votes[:, :k])
+            correct[k] += (tally.argmax(1) == y).sum().item()
+    return {k: 100 * n / len(queries) for k, n in correct.items()}
+
+
+# ------------------------------------------------------------------------------------------- frozen features, the loop
+@torch.no_grad()                                                    # inference tensors could not enter a backward
+def frozen(model, images, args):
+    """(B, D) float32 [CLS] after the final norm of uint8 images (B, 3, S, S)."""
+    with checkpoint.autocast(images.device, args.amp):
+        return model(vit.normalize(images)).float()
 
 
 def train_heads(model, train, classes, args, device, file, stamp):
@@ -328,28 +104,23 @@ def train_heads(model, train, classes, args, device, file, stamp):
     start, _ = checkpoint.resume_heads(file, stamp, heads, optimizer)
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
-    done, total, clock = start, 0, time.perf_counter()
+    total, said, done, clock = 0, start, start, time.perf_counter()
     with checkpoint.noted_signals() as asked:
         stream = batches(model, train, args, device, start)
         for t in range(start, args.iters):
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * t / args.iters))
             for _ in range(math.ceil(args.batch_size / args.micro_batch)):
-                x, y = next(stream)
+                x, y = next(stream)                                 # frozen [CLS] (b, D), labels (b,)
                 losses = heads.losses(x, y) * (len(y) / args.batch_size)
                 (losses * rates).sum().backward()
-                total = total + losses.detach().mean(0)    # (L,), over the iterations since the last line
+                total = total + losses.detach().mean(0)             # (L,), over the iterations since the last line
             optimizer.step(); optimizer.zero_grad()
 
             done, last = t + 1, asked or t + 1 == args.iters
             if done % args.log_every == 0 or last:
-                loss = (total / (done - max(start, t // args.log_every * args.log_every))).nan_to_num(math.inf).min()
-                if loss.isinf():
-                    raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the "
-                                     f"features of the weights overflow with --amp {args.amp}")
                 left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-                print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
-                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
-                total = 0
+                print_progress(file, done, total / (done - said), left, args)
+                total, said = 0, done
             if done % args.save_every == 0 or last:
                 checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[],
                                                        heads=heads.state_dict(), optimizer=optimizer.state_dict()))
@@ -360,60 +131,181 @@ def train_heads(model, train, classes, args, device, file, stamp):
     return heads
 
 
-# ------------------------------------------------------------------------------------------- k-NN
-def knn(bank, bank_labels, queries, labels, classes, neighbours=NEIGHBOURS, chunk=256):
-    """{k: top-1 in percent} of DINO's weighted vote; unit-length features (N, D). k is capped at the bank's size."""
-    correct = dict.fromkeys(neighbours, 0)
-    most = min(max(neighbours), len(bank))
-    for q, y in zip(queries.split(chunk), labels.split(chunk), strict=True):    # (chunk, N) similarities at a time
-        similarity, index = (q @ bank.T).topk(most)                 # (chunk, most), best first
-        votes = (similarity / TEMPERATURE).exp()
-        classes_of = bank_labels[index]
-        for k in neighbours:
-            tally = torch.zeros(len(q), classes, device=q.device)
-            tally.scatter_add_(1, classes_of[:, :k], votes[:, :k])
-            correct[k] += (tally.argmax(1) == y).sum().item()
-    return {k: 100 * n / len(queries) for k, n in correct.items()}
+def print_progress(file, done, losses, left, args):
+    """The least of the (L,) losses, and the time left in seconds; ValueError if no head has a finite loss."""
+    loss = losses.nan_to_num(math.inf).min()
+    if loss.isinf():
+        raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the features of the "
+                         f"weights overflow with --amp {args.amp}")
+    print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
+          f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+
+
+def extract(model, images, args, device):
+    """(N, D) float32 [CLS] features and (N,) labels, in the order of the data set."""
+    features, labels = [], []
+    for batch in DataLoader(images, args.micro_batch, num_workers=args.workers):
+        features.append(frozen(model, batch["image"].to(device), args))
+        labels.append(batch["label"].to(device))
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise ValueError(f"its features are not finite; the weights are damaged, or --amp {args.amp} overflows")
+    return features, torch.cat(labels)
+
+
+def batches(model, train, args, device, start):
+    """([CLS] (b, D), labels (b,)) of the micro-batches from iteration `start` on. `train`: images, or (features,
+    labels) of all of them where there is no augmentation."""
+    if isinstance(train, tuple):
+        features, labels = train
+        for keys in BatchOrder(len(features), args, start):
+            i = torch.tensor([i for _, i in keys], device=device)
+            yield features[i], labels[i]
+        return
+    crops, order = TrainCrops(train, model.config.image_size, args.seed), BatchOrder(len(train), args, start)
+    for batch in DataLoader(crops, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=checkpoint.deaf_worker):
+        x, y = (batch[name].to(device, non_blocking=True) for name in ("image", "label"))
+        yield frozen(model, x, args), y
+
+
+# ------------------------------------------------------------------------------------------- data
+TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+IMAGENET = {"train": 1_281_167, "val": 50_000}                      # pictures
+ORDER, CROP = range(2)                                              # streams of random numbers
+
+
+def visible(names):
+    """Sorted, without what no user put there: .ipynb_checkpoints, ._0.jpg of macOS, __MACOSX of its archives."""
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
+class ClassFolders:
+    """Pictures below folder/<class>, at any depth. Item: dict(image uint8 (3, size, size), label), as of Shapes."""
+
+    def __init__(self, folder, size):
+        self.transform, self.samples, real = vit.eval_transform(size), [], {}
+        self.classes = visible(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if not self.classes:
+            found = visible(os.listdir(folder.parent))[:8] if folder.parent.is_dir() else "no such folder"
+            sys.exit(f"{folder}: no class folders; {folder.parent} must hold {TREE}, and holds {found}")
+        for label, name in enumerate(self.classes):
+            before = len(self.samples)
+            for below, folders, files in os.walk(folder / name, followlinks=True):
+                refuse_second_way(below, real)
+                folders[:] = visible(folders)
+                self.samples += [(os.path.join(below, file), label) for file in visible(files)
+                                 if file.lower().endswith(SUFFIXES)]
+            if len(self.samples) == before:
+                raise ValueError(f"{folder / name}: holds no picture ({' '.join(SUFFIXES)}); add some, or remove it")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        return dict(image=self.transform(vit.read_image(path)), label=label)
+
+
+def refuse_second_way(folder, real):
+    """Links are followed: a loop of them, or two to one folder, would count pictures twice or in two classes."""
+    first = real.setdefault(os.path.realpath(folder), folder)
+    if first != folder:
+        raise ValueError(f"{folder}: is {first} again, through a link; remove the link")
+
+
+class TrainCrops:
+    """Random-resized crop (8 to 100 % of the area) and flip of a train image, a function of (seed, epoch, index)."""
+
+    def __init__(self, images, size, seed):
+        self.samples, self.seed = images.samples, seed
+        crop = transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC)
+        self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+    def __getitem__(self, key):
+        path, label = self.samples[key[1]]
+        with torch.random.fork_rng(devices=[]):                     # torchvision draws from torch's global generator
+            torch.manual_seed(int(np.random.default_rng((CROP, self.seed, *key)).integers(2**63)))
+            return dict(image=self.transform(vit.read_image(path)), label=label)
+
+
+class BatchOrder:
+    """Batch sampler: micro-batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
+
+    def __init__(self, n, args, start):
+        self.n, self.args, self.start = n, args, start
+
+    def __iter__(self):
+        n, size, micro, seed = self.n, self.args.batch_size, self.args.micro_batch, self.args.seed
+        order = functools.lru_cache(1)(lambda epoch: np.random.default_rng((ORDER, seed, epoch)).permutation(n))
+        for t in range(self.start, self.args.iters):
+            keys = [(at // n, int(order(at // n)[at % n])) for at in range(t * size, (t + 1) * size)]
+            yield from (keys[i:i + micro] for i in range(0, size, micro))
+
+
+def open_data(args, size):
+    """(train, val, names of the classes, fingerprint). An item of both is dict(image uint8 (3, size, size), label)."""
+    if args.data == "shapes":
+        return Shapes("train", size, 2000), Shapes("val", size, 1000), CLASSES, FINGERPRINT      # 2000 as in train.py
+    root, splits = Path(args.root), []
+    for split, expected in IMAGENET.items():
+        images = ClassFolders(root / split, size)
+        print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
+        if args.data == "imagenet" and len(images) < expected and not args.allow_partial:
+            sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
+        splits.append(images)
+    train, val = splits
+    refuse_other_classes(args, train, val)
+    val.samples = [(path, train.classes.index(val.classes[label])) for path, label in val.samples]
+    refuse_trained_on(root, val)
+    return train, val, train.classes, checkpoint.fingerprint(root, [path for path, _ in train.samples + val.samples])
+
+
+def refuse_other_classes(args, train, val):
+    """Labels are places in the list of class folders of train/: val/ must have the same."""
+    if len(train.classes) == 1:
+        sys.exit(f"{args.root}: one class, {train.classes[0]}; to tell classes apart takes two")
+    odd = sorted(set(val.classes) - set(train.classes) if args.allow_partial else set(train.classes) ^ set(val.classes))
+    if odd:
+        sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes"
+                 + "; --allow-partial lets val/ lack some" * (set(odd) <= set(train.classes)))
+
+
+def refuse_trained_on(root, val):
+    """A tenth of val/, of which 1,000 pictures are looked at, may be in train/ under the same name: more is a copy."""
+    looked = [path for path, _ in val.samples[::math.ceil(len(val) / 1000)]]
+    same = [path for path in looked if (twin := root / "train" / Path(path).relative_to(root / "val")).is_file()
+            and filecmp.cmp(path, twin, shallow=False)]
+    if same:
+        found = f"{same[0]}: is in train/ too, as {len(same):,} of {len(looked):,} val pictures looked at are"
+        if 10 * len(same) > len(looked):
+            raise ValueError(f"{found}; give a val/ that is not trained on")
+        print(found)
 
 
 # ------------------------------------------------------------------------------------------- results
-def mean_sd(values):
-    """(mean, sample standard deviation or None of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def show(values):
-    mean, sd = mean_sd(values)
-    return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") + " %"
-
-
-def constant(labels):
-    """Percent right of always answering the class that is most frequent in the labels."""
-    return 100 * labels.bincount().max().item() / len(labels)
-
-
-def beside(metrics, names, start):
-    return (f"chance {100 / len(names):.1f} %, always the most frequent class {metrics['top1_constant']:.1f} %; "
-            f"{time.perf_counter() - start:.0f} s")
+    mean, sd = checkpoint.mean_sd(values)
+    return f"{mean:.2f} %" if sd is None else f"{mean:.2f} ± {sd:.2f} %"
 
 
 def grid_metrics(heads, features, labels, args):
     """Prints top-1 of every learning rate; the best of each head seed is the result (the paper: best final top-1)."""
     right = heads.predict(features) == labels[:, None, None]        # (N, S, L)
-    top1 = (100 * right.double().mean(0)).T.tolist()                # L lists of S
+    top1 = 100 * right.double().mean(0)                             # (S, L)
+    grid = [dict(lr=rate, effective=rate * args.batch_size / 256, top1=values)
+            for rate, values in zip(RATES, top1.T.tolist(), strict=True)]
     print("learning rate  effective  top-1, final" + f", mean ± sd of {args.seeds} head seeds" * (args.seeds > 1))
-    grid = []
-    for rate, values in zip(RATES, top1, strict=True):
-        grid.append(dict(lr=rate, effective=rate * args.batch_size / 256, top1=values))
-        print(f"{rate:13.0e}  {grid[-1]['effective']:9.2e}  {show(values)}")
-    seeds = list(zip(*top1, strict=True))                           # S lists of L
-    ends = sum(max(values) > max(values[1:-1]) for values in seeds)
+    for row in grid:
+        print(f"{row['lr']:13.0e}  {row['effective']:9.2e}  {show(row['top1'])}")
+    best = top1.amax(1)
+    ends = (best > top1[:, 1:-1].amax(1)).sum().item()
     if ends:
         print(f"best rate at an end of the grid, for {ends} of {args.seeds} head seed{'s' * (args.seeds > 1)}: rates "
               "beyond it may do better")
-    best = [max(values) for values in seeds]
-    mean, sd = mean_sd(best)
-    return dict(top1=mean, top1_sd=sd, top1_seeds=best, top1_constant=constant(labels), grid=grid)
+    mean, sd = checkpoint.mean_sd(best.tolist())
+    return dict(top1=mean, top1_sd=sd, top1_seeds=best.tolist(), grid=grid)
 
 
 def draw_images(file, images, names, predicted):
@@ -422,7 +314,7 @@ def draw_images(file, images, names, predicted):
     sheet = Image.new("RGB", (columns * tile, math.ceil(len(predicted) / columns) * (tile + line)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, guess in enumerate(predicted):
-        pixels, label = images[i]
+        pixels, label = images[i]["image"], images[i]["label"]
         x, y = i % columns * tile, i // columns * (tile + line)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((tile - 4, tile - 4), Image.Resampling.BICUBIC), (x + 2, y))
@@ -433,21 +325,25 @@ def draw_images(file, images, names, predicted):
     print(f"{file}: {len(predicted):,} of {len(images):,} val images with label and, where it is wrong, prediction")
 
 
-def evaluate(path, args, device, opened):
-    """Both probes of one file of weights: prints them and writes the results beside it. `opened`: data sets by size."""
+def evaluate(path, args, device, data):
+    """Both probes of one file of weights: prints them and writes the results beside it. `data(size)`: see open_data."""
     model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
-    size = model.config.image_size
-    if size not in opened:                                          # listing ImageNet takes minutes: once
-        opened[size] = open_data(args, size)
-    train, val, names, fingerprint = opened[size]
+    train, val, names, fingerprint = data(model.config.image_size)
     shared = dict(data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=len(names),
-                  size=size, partial=args.allow_partial, feature="[CLS], last block, final norm", precision=args.amp)
+                  size=model.config.image_size, partial=args.allow_partial, feature="[CLS], last block, final norm",
+                  precision=args.amp)
     facts = dict(data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed)
 
     def claim(probe, out, **protocol):
         result = dict(probe=probe, **facts, metrics=None, protocol=dict(probe=probe, **shared, **protocol))
         default = checkpoint.result_path(path, probe, args.data, model.config, args.seed)
         return result, *checkpoint.claim(out, default, result)
+
+    def report(out, result, what, metrics):
+        constant = 100 * features(val)[1].bincount().max().item() / len(val)
+        print(f"{path}: {what}; chance {100 / len(names):.1f} %, always the most frequent class {constant:.1f} %; "
+              f"{time.perf_counter() - start:.0f} s")
+        checkpoint.write_result(out, dict(result, metrics=dict(metrics, top1_constant=constant)))
 
     out = args.out and Path(args.out)
     nearest, knn_out, finished_knn = claim("knn", out if args.knn else out and out.with_suffix(".knn.json"),
@@ -467,37 +363,67 @@ def evaluate(path, args, device, opened):
     if finished_knn:
         checkpoint.say_finished(knn_out, finished_knn)
     else:                                                           # after a training, which may want to go on first
-        (bank, known), (queries, labels) = features(train), features(val)
-        top1 = knn(F.normalize(bank), known, F.normalize(queries), labels, len(names))
-        metrics = dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}, top1_constant=constant(labels))
-        print(f"{path}: k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items())
-              + f"; {beside(metrics, names, start)}")
-        checkpoint.write_result(knn_out, dict(nearest, metrics=metrics))
+        top1 = knn(*features(train), *features(val), len(names))
+        report(knn_out, nearest, "k-NN " + ", ".join(f"k={k} {value:.2f} %" for k, value in top1.items()),
+               dict(top1=top1[20], **{f"top1_k{k}": top1[k] for k in NEIGHBOURS}))
     if again:
         metrics = grid_metrics(heads, *features(val), args)
-        print(f"{path}: linear {show(metrics['top1_seeds'])}, best rate; "
-              + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
-              + beside(metrics, names, start))
         if args.save_images:
             rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
             guesses = heads.predict(features(val)[0][:args.save_images])[:, 0, rate].tolist()
             draw_images(out.with_suffix(".png"), val, names, guesses)
-        checkpoint.write_result(out, dict(linear, metrics=metrics))
+        spread = f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
+        report(out, linear, f"linear {show(metrics['top1_seeds'])}, best rate{spread}", metrics)
     elif not args.knn:
         checkpoint.say_finished(out, finished)
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    checkpoint.add_flags(p, "linear")
+    p.add_argument("--knn", action="store_true", help="k-NN only; the default of --out has .knn for .linear")
+    # data
+    p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
+    p.add_argument("--root", help=f"folder that holds {TREE}")
+    p.add_argument("--allow-partial", action="store_true", help="accept missing images, in val/ missing classes")
+    # heads
+    p.add_argument("--iters", type=int, help="iterations; the cosine schedule scales with them")
+    p.add_argument("--batch-size", type=int, help="images per iteration")
+    p.add_argument("--micro-batch", type=int, default=256, help="images per forward")
+    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
+    # run
+    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
+    p.add_argument("--log-every", type=int, help="iterations between progress lines")
+    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw N val images with predictions")
+    p.set_defaults(**recipe)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error(f"--data {args.data} needs --root, a folder with {TREE}" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    checkpoint.check_flags(p, args, "iters batch_size micro_batch seeds save_every log_every", "save_images")
+    args.micro_batch = min(args.micro_batch, args.batch_size)
 
 
 def main(argv=None):
     checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = {}
+    data = functools.cache(lambda size: open_data(args, size))      # listing ImageNet takes minutes: once
     for path in args.weights:
-        try:
-            evaluate(path, args, device, opened)
-        except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")      # as a loader process writes it
-            sys.exit(line if ": " in line else f"{path}: {line}")
+        with checkpoint.one_line(path):
+            evaluate(path, args, device, data)
 
 
 if __name__ == "__main__":

@@ -30,233 +30,6 @@ import checkpoint
 import vit
 from shapes import Shapes
 
-VIRIDIS = np.array([                                                # van der Walt & Smith 2015, in eighths
-    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
-    (170, 220, 50), (253, 231, 37)], float)
-LINES = [                                                           # Okabe & Ito 2008: colour-blind people see eight
-    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0),
-    (150, 150, 150)]
-GREY, RULE = (110, 110, 110), (225, 225, 225)
-TEXT, SMALL, GAP = 14, 12, 6                                        # pixels
-METRICS = {
-    "pib": "Point-in-box, %", "high_norm": "High-norm patches, %", "support": "Non-zero weights of a row",
-    "to_cls": "Attention of patches to [CLS], %", "to_registers": "Attention of patches to registers, %",
-    "cos_inside": "Cosine of [CLS] and patches in the box", "cos_outside": "Cosine of [CLS] and patches off the box",
-    "miou": "mIoU, %, best evaluation", "miou_last": "mIoU, %, last evaluation",
-}
-KEYS = {
-    "loss": "loss, nats", "entropy": "entropy of the teacher, nats", "kl": "KL(teacher || student), nats",
-    "support": "share of attention weights that are not 0, last block",
-}
-
-
-# ------------------------------------------------------------------------------------------- command line
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = p.add_subparsers(dest="command", required=True)
-    about = {
-        "pca": "a row per picture: input, then for every checkpoint the PCA of its patches as RGB, with colours that "
-               "are not comparable between columns",
-        "attention": "a row per checkpoint and picture: input, then the [CLS] row of every head, grey where exactly 0",
-        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint of a run",
-        "curves": "log.jsonl of several runs, a panel per key",
-    }
-    subs = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-            for name, text in about.items()}
-    for name in ("pca", "attention"):
-        sub = subs[name]
-        # weights
-        sub.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="checkpoints of train.py, "
-                         "official DINO files, a run folder (its numbered files), or random")
-        sub.add_argument("--labels", nargs="+", help="one for each checkpoint; default: method and epochs")
-        sub.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO shows the teacher")
-        sub.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-        sub.add_argument("--seed", type=int, default=0, help="of --weights random")
-        sub.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64, "
-                         "as in DINO")
-        # pictures
-        source = sub.add_mutually_exclusive_group(required=True)
-        source.add_argument("--images", nargs="+", metavar="FILE", help="pictures")
-        source.add_argument("--data", choices=["shapes"], help="the first --count embedded val scenes")
-        sub.add_argument("--count", type=int, help="scenes of --data shapes; default 4")
-        sub.add_argument("--size", type=int, help="short side of the model's input in pixels; both sides go to the "
-                         "nearest whole patches; default: what the first checkpoint was trained on")
-    subs["pca"].add_argument("--joint", action="store_true", help="one basis and colour range over all pictures")
-    subs["pca"].add_argument("--foreground", action="store_true", help="second PCA, of the patches above 0 on the "
-                             "first component; by its sign rule mostly the smaller side")
-    subs["pca"].add_argument("--smooth", action="store_true", help="bilinear between patches")
-    subs["attention"].add_argument("--block", type=int, default=-1, help="0-based, or from the end")
-    subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of one run and protocol")
-    subs["heatmap"].add_argument("--metric", help="default: pib or miou")
-    subs["heatmap"].add_argument("--concat-cls", choices=["no", "yes"], help="heads of probe_seg.py; default no")
-    subs["heatmap"].add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of the colours, the "
-                                 "same for maps that are to be compared; default: of the values")
-    subs["curves"].add_argument("--runs", nargs="+", required=True, metavar="RUN", help="folders, or log.jsonl files")
-    subs["curves"].add_argument("--keys", nargs="+", default=["loss", "entropy", "kl", "support"], help="of log.jsonl")
-    subs["curves"].add_argument("--labels", nargs="+", help="one for each run; default: the folder's name")
-    for name, sub in subs.items():
-        sub.add_argument("--width", type=int, default=800, help="of the PNG at most, in pixels")
-        sub.add_argument("--out", default=f"{name}.png", help="PNG to write")
-    args = p.parse_args(argv)
-    check_args(subs[args.command], args)
-    return args
-
-
-def check_args(p, args):
-    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
-    if args.width < 300:
-        p.error(f"--width {args.width}: must be at least 300")
-    if args.command == "heatmap":
-        if args.range and not args.range[0] < args.range[1]:
-            p.error(f"--range {args.range[0]:g} {args.range[1]:g}: the first must be the lower one")
-        return
-    if args.command == "curves":
-        if len(args.runs) > len(LINES):
-            p.error(f"--runs {len(args.runs)}: there are only {len(LINES)} colours")
-    else:
-        if args.like and "random" not in args.weights:
-            p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-        if args.images and args.count is not None:
-            p.error("--count goes with --data shapes; all --images are drawn")
-        args.count = 4 if args.count is None else args.count
-        for name in ("count", "size", "heads"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-        if not 0 <= args.seed < 2**63:
-            p.error(f"--seed {args.seed}: must be at least 0 and below 2^63")
-        try:
-            args.weights = checkpoint.list_checkpoints(args.weights)
-        except OSError as error:
-            sys.exit(str(error))
-    labelled = args.runs if args.command == "curves" else args.weights
-    if args.labels and len(args.labels) != len(labelled):
-        p.error(f"--labels {len(args.labels)}: needs {len(labelled)}, one for each of {', '.join(labelled)}")
-
-
-# ------------------------------------------------------------------------------------------- drawing
-@functools.cache
-def font(size):
-    return ImageFont.load_default(size)
-
-
-def counted(number, noun):
-    """'1 epoch', '1,234 images'"""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def write(canvas, x, y, text, size=TEXT, anchor="la", fill="black"):
-    ImageDraw.Draw(canvas).text((x, y), checkpoint.printable(text), fill, font(size), anchor)
-
-
-def wrap(text, size, width):
-    """Lines of whole words, at most `width` pixels wide unless a word is wider; line breaks in the text are kept."""
-    lines = []
-    for part in text.split("\n"):
-        lines.append("")
-        for word in part.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and font(size).getlength(longer) > width:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-    return lines
-
-
-def colour(share):
-    """uint8 (..., 3) of Viridis at shares (...); its ends below 0 and above 1."""
-    place = np.linspace(0, 1, len(VIRIDIS))
-    return np.stack([np.interp(share, place, c) for c in VIRIDIS.T], -1).round().astype(np.uint8)
-
-
-def share_width(width, columns):
-    """Pixels of one of the columns of a sheet."""
-    cell = (width - GAP) // columns - GAP
-    if cell < 16:
-        raise ValueError(f"--width {width}: too narrow for {columns} columns; give {columns * 60}, or fewer columns")
-    return cell
-
-
-def tile(pixels, width):
-    """uint8 (h, w, 3) as a picture `width` pixels wide."""
-    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def sheet(titles, rows, footer):
-    """Rows of (picture, lines of text below it), one for each of the titles above; all pictures are equally wide."""
-    cell, line = rows[0][0][0].width, TEXT + 4
-    titles = [wrap(title.replace(", ", "\n"), TEXT, cell) for title in titles]
-    width, y = GAP + len(titles) * (cell + GAP), GAP + max(map(len, titles)) * line
-    footer = wrap(footer, SMALL, width - 2 * GAP)
-    heights = [max(picture.height + len(lines) * line + GAP for picture, lines in row) for row in rows]
-    canvas = Image.new("RGB", (width, y + sum(heights) + len(footer) * line + GAP), "white")
-    left = range(GAP, width, cell + GAP)
-    for x, lines in zip(left, titles, strict=True):
-        for i, text in enumerate(reversed(lines), 1):
-            write(canvas, x + cell // 2, y - i * line, text, anchor="ma")
-    for row, height in zip(rows, heights, strict=True):
-        for x, (picture, lines) in zip(left, row, strict=False):    # a model with fewer heads has fewer pictures
-            canvas.paste(picture, (x, y))
-            for i, text in enumerate(lines):
-                write(canvas, x, y + picture.height + 2 + i * line, text, SMALL, fill=GREY)
-        y += height
-    for i, text in enumerate(footer):
-        write(canvas, GAP, y + i * line, text, SMALL, fill=GREY)
-    return canvas
-
-
-def save(canvas, out):
-    checkpoint.room_for(out)
-    checkpoint.write_whole(out, lambda file: canvas.save(file, "PNG", optimize=True))
-    print(f"{out}: {canvas.width} x {canvas.height} pixels, {os.path.getsize(out) / 1000:.0f} kB")
-
-
-# ------------------------------------------------------------------------------------------- models and pictures
-def open_models(args):
-    """(path, label, frozen model) of every --weights, one at a time."""
-    for i, path in enumerate(args.weights):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
-        epochs = facts["epochs"]
-        age = Path(path).stem if epochs is None else counted(epochs, "epoch") if epochs else "untrained"
-        yield path, args.labels[i] if args.labels else f"{method(model.config)}, {age}", model
-
-
-def method(config):
-    """'entmax15 + 4 registers + specialize'"""
-    registers = f" + {counted(config.registers, 'register')}" * (config.registers > 0)
-    return config.attn + registers + " + specialize" * config.specialize
-
-
-def whole_patches(width, height, size, patch):
-    """(width, height) with the short side scaled to `size`, then both to the nearest whole patches, at least one."""
-    scale = size / min(width, height) / patch
-    return max(1, round(width * scale)) * patch, max(1, round(height * scale)) * patch
-
-
-def open_images(args, size, patch):
-    """[(name, uint8 (3, height, width))], both sides in whole patches."""
-    if args.data == "shapes":
-        scenes = Shapes("val", whole_patches(1, 1, size, patch)[0], args.count)
-        return [(f"scene {i}", scenes[i]["image"]) for i in range(args.count)]
-    images = []
-    for path in args.images:
-        picture = vit.read_image(path)
-        picture = picture.resize(whole_patches(*picture.size, size, patch), Image.Resampling.BICUBIC)
-        images.append((Path(path).name, torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
-    return images
-
-
-@torch.inference_mode()
-def look(function, model, image, path):
-    """Numpy array of what `function(model, normalised images)` says of one uint8 image: alone, so that it depends on
-    no other."""
-    values = function(model, vit.normalize(image[None].to(model.cls_token.device)))[0]
-    if not values.isfinite().all():
-        raise ValueError(f"{path}: its features are not finite; the weights are damaged")
-    return values.cpu().numpy()
-
 
 # ------------------------------------------------------------------------------------------- pca
 def fit_pca(x):
@@ -358,6 +131,14 @@ def attention(args):
 
 
 # ------------------------------------------------------------------------------------------- heatmap
+METRICS = {
+    "pib": "Point-in-box, %", "high_norm": "High-norm patches, %", "support": "Non-zero weights of a row",
+    "to_cls": "Attention of patches to [CLS], %", "to_registers": "Attention of patches to registers, %",
+    "cos_inside": "Cosine of [CLS] and patches in the box", "cos_outside": "Cosine of [CLS] and patches off the box",
+    "miou": "mIoU, %, best evaluation", "miou_last": "mIoU, %, last evaluation",
+}
+
+
 def read_result(path):
     """What a map needs of a result of pib.py or probe_seg.py, and its path."""
     try:
@@ -418,7 +199,7 @@ def heatmap(args):
     values = np.array([[column[block] for column in columns] for block in blocks])
     if np.isnan(values).all():
         raise ValueError(f"{one['path']}: {metric} could not be measured for any block; take another --metric")
-    title = f"{METRICS.get(metric, metric)}; {one['data']}, {method(vit.ViTConfig(**one['config']))}"
+    title = f"{METRICS.get(metric, metric)}; {one['data']}, {describe(vit.ViTConfig(**one['config']))}"
     if one["probe"] == "seg":
         title += ", head on patches" + " and [CLS]" * (concat == "yes")
     if metric == "pib":
@@ -468,6 +249,12 @@ def draw_map(values, blocks, epochs, title, low, high, width):
 
 
 # ------------------------------------------------------------------------------------------- curves
+KEYS = {
+    "loss": "loss, nats", "entropy": "entropy of the teacher, nats", "kl": "KL(teacher || student), nats",
+    "support": "share of attention weights that are not 0, last block",
+}
+
+
 def read_log(run):
     """Records of log.jsonl, without the first, on where the run took place, which has no epoch."""
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
@@ -565,17 +352,232 @@ def curves(args):
     save(canvas, args.out)
 
 
-# ------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- models and pictures
+def open_models(args):
+    """(path, label, frozen model) of every --weights, one at a time."""
+    for i, path in enumerate(args.weights):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
+        epochs = facts["epochs"]
+        age = Path(path).stem if epochs is None else counted(epochs, "epoch") if epochs else "untrained"
+        yield path, args.labels[i] if args.labels else f"{describe(model.config)}, {age}", model
+
+
+def describe(config):
+    """'entmax15 + 4 registers + specialize'"""
+    registers = f" + {counted(config.registers, 'register')}" * (config.registers > 0)
+    return config.attn + registers + " + specialize" * config.specialize
+
+
+def whole_patches(width, height, size, patch):
+    """(width, height) with the short side scaled to `size`, then both to the nearest whole patches, at least one."""
+    scale = size / min(width, height) / patch
+    return max(1, round(width * scale)) * patch, max(1, round(height * scale)) * patch
+
+
+def open_images(args, size, patch):
+    """[(name, uint8 (3, height, width))], both sides in whole patches."""
+    if args.data == "shapes":
+        scenes = Shapes("val", whole_patches(1, 1, size, patch)[0], args.count)
+        return [(f"scene {i}", scenes[i]["image"]) for i in range(args.count)]
+    images = []
+    for path in args.images:
+        picture = vit.read_image(path)
+        picture = picture.resize(whole_patches(*picture.size, size, patch), Image.Resampling.BICUBIC)
+        images.append((Path(path).name, torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
+    return images
+
+
+@torch.inference_mode()
+def look(function, model, image, path):
+    """Numpy array of what `function(model, normalised images)` says of one uint8 image: alone, so that it depends on
+    no other."""
+    values = function(model, vit.normalize(image[None].to(model.cls_token.device)))[0]
+    if not values.isfinite().all():
+        raise ValueError(f"{path}: its features are not finite; the weights are damaged")
+    return values.cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------- drawing
+VIRIDIS = np.array([                                                # van der Walt & Smith 2015, in eighths
+    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
+    (170, 220, 50), (253, 231, 37)], float)
+LINES = [                                                           # Okabe & Ito 2008: colour-blind people see eight
+    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0),
+    (150, 150, 150)]
+GREY, RULE = (110, 110, 110), (225, 225, 225)
+TEXT, SMALL, GAP = 14, 12, 6                                        # pixels
+
+
+@functools.cache
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def counted(number, noun):
+    """'1 epoch', '1,234 images'"""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def write(canvas, x, y, text, size=TEXT, anchor="la", fill="black"):
+    ImageDraw.Draw(canvas).text((x, y), checkpoint.printable(text), fill, font(size), anchor)
+
+
+def wrap(text, size, width):
+    """Lines of whole words, at most `width` pixels wide unless a word is wider; line breaks in the text are kept."""
+    lines = []
+    for part in text.split("\n"):
+        lines.append("")
+        for word in part.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and font(size).getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+    return lines
+
+
+def colour(share):
+    """uint8 (..., 3) of Viridis at shares (...); its ends below 0 and above 1."""
+    place = np.linspace(0, 1, len(VIRIDIS))
+    return np.stack([np.interp(share, place, c) for c in VIRIDIS.T], -1).round().astype(np.uint8)
+
+
+def share_width(width, columns):
+    """Pixels of one of the columns of a sheet."""
+    cell = (width - GAP) // columns - GAP
+    if cell < 16:
+        raise ValueError(f"--width {width}: too narrow for {columns} columns; give {columns * 60}, or fewer columns")
+    return cell
+
+
+def tile(pixels, width):
+    """uint8 (h, w, 3) as a picture `width` pixels wide."""
+    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def sheet(titles, rows, footer):
+    """Rows of (picture, lines of text below it), one for each of the titles above; all pictures are equally wide."""
+    cell, line = rows[0][0][0].width, TEXT + 4
+    titles = [wrap(title.replace(", ", "\n"), TEXT, cell) for title in titles]
+    width, y = GAP + len(titles) * (cell + GAP), GAP + max(map(len, titles)) * line
+    footer = wrap(footer, SMALL, width - 2 * GAP)
+    heights = [max(picture.height + len(lines) * line + GAP for picture, lines in row) for row in rows]
+    canvas = Image.new("RGB", (width, y + sum(heights) + len(footer) * line + GAP), "white")
+    left = range(GAP, width, cell + GAP)
+    for x, lines in zip(left, titles, strict=True):
+        for i, text in enumerate(reversed(lines), 1):
+            write(canvas, x + cell // 2, y - i * line, text, anchor="ma")
+    for row, height in zip(rows, heights, strict=True):
+        for x, (picture, lines) in zip(left, row, strict=False):    # a model with fewer heads has fewer pictures
+            canvas.paste(picture, (x, y))
+            for i, text in enumerate(lines):
+                write(canvas, x, y + picture.height + 2 + i * line, text, SMALL, fill=GREY)
+        y += height
+    for i, text in enumerate(footer):
+        write(canvas, GAP, y + i * line, text, SMALL, fill=GREY)
+    return canvas
+
+
+def save(canvas, out):
+    checkpoint.room_for(out)
+    checkpoint.write_whole(out, lambda file: canvas.save(file, "PNG", optimize=True))
+    print(f"{out}: {canvas.width} x {canvas.height} pixels, {os.path.getsize(out) / 1000:.0f} kB")
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = p.add_subparsers(dest="command", required=True)
+    about = {
+        "pca": "a row per picture: input, then for every checkpoint the PCA of its patches as RGB, with colours that "
+               "are not comparable between columns",
+        "attention": "a row per checkpoint and picture: input, then the [CLS] row of every head, grey where exactly 0",
+        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint of a run",
+        "curves": "log.jsonl of several runs, a panel per key",
+    }
+    subs = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            for name, text in about.items()}
+    for name in ("pca", "attention"):
+        sub = subs[name]
+        # weights
+        sub.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="checkpoints of train.py, "
+                         "official DINO files, a run folder (its numbered files), or random")
+        sub.add_argument("--labels", nargs="+", help="one for each checkpoint; default: method and epochs")
+        sub.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO shows the teacher")
+        sub.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
+        sub.add_argument("--seed", type=int, default=0, help="of --weights random")
+        sub.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64, "
+                         "as in DINO")
+        # pictures
+        source = sub.add_mutually_exclusive_group(required=True)
+        source.add_argument("--images", nargs="+", metavar="FILE", help="pictures")
+        source.add_argument("--data", choices=["shapes"], help="the first --count embedded val scenes")
+        sub.add_argument("--count", type=int, help="scenes of --data shapes; default 4")
+        sub.add_argument("--size", type=int, help="short side of the model's input in pixels; both sides go to the "
+                         "nearest whole patches; default: what the first checkpoint was trained on")
+    subs["pca"].add_argument("--joint", action="store_true", help="one basis and colour range over all pictures")
+    subs["pca"].add_argument("--foreground", action="store_true", help="second PCA, of the patches above 0 on the "
+                             "first component; by its sign rule mostly the smaller side")
+    subs["pca"].add_argument("--smooth", action="store_true", help="bilinear between patches")
+    subs["attention"].add_argument("--block", type=int, default=-1, help="0-based, or from the end")
+    subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of one run and protocol")
+    subs["heatmap"].add_argument("--metric", help="default: pib or miou")
+    subs["heatmap"].add_argument("--concat-cls", choices=["no", "yes"], help="heads of probe_seg.py; default no")
+    subs["heatmap"].add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of the colours, the "
+                                 "same for maps that are to be compared; default: of the values")
+    subs["curves"].add_argument("--runs", nargs="+", required=True, metavar="RUN", help="folders, or log.jsonl files")
+    subs["curves"].add_argument("--keys", nargs="+", default=["loss", "entropy", "kl", "support"], help="of log.jsonl")
+    subs["curves"].add_argument("--labels", nargs="+", help="one for each run; default: the folder's name")
+    for name, sub in subs.items():
+        sub.add_argument("--width", type=int, default=800, help="of the PNG at most, in pixels")
+        sub.add_argument("--out", default=f"{name}.png", help="PNG to write")
+    args = p.parse_args(argv)
+    check_args(subs[args.command], args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if args.width < 300:
+        p.error(f"--width {args.width}: must be at least 300")
+    if args.command == "heatmap":
+        if args.range and not args.range[0] < args.range[1]:
+            p.error(f"--range {args.range[0]:g} {args.range[1]:g}: the first must be the lower one")
+        return
+    if args.command == "curves":
+        if len(args.runs) > len(LINES):
+            p.error(f"--runs {len(args.runs)}: there are only {len(LINES)} colours")
+    else:
+        if args.like and "random" not in args.weights:
+            p.error("--like goes with --weights random: a checkpoint brings its own architecture")
+        if args.images and args.count is not None:
+            p.error("--count goes with --data shapes; all --images are drawn")
+        args.count = 4 if args.count is None else args.count
+        for name in ("count", "size", "heads"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+        if not 0 <= args.seed < 2**63:
+            p.error(f"--seed {args.seed}: must be at least 0 and below 2^63")
+        try:
+            args.weights = checkpoint.list_checkpoints(args.weights)
+        except OSError as error:
+            sys.exit(str(error))
+    labelled = args.runs if args.command == "curves" else args.weights
+    if args.labels and len(args.labels) != len(labelled):
+        p.error(f"--labels {len(args.labels)}: needs {len(labelled)}, one for each of {', '.join(labelled)}")
+
+
 COMMANDS = {"pca": pca, "attention": attention, "heatmap": heatmap, "curves": curves}
 
 
 def main(argv=None):
     checkpoint.print_any_path()
     args = parse_args(argv)
-    try:
+    with checkpoint.one_line(args.out):
         COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:                          # of weights, a picture or a result, with its name
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":
