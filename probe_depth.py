@@ -2,7 +2,7 @@
 
     python probe_depth.py --weights runs/shapes_entmax15_s0/checkpoint.pt
     python probe_depth.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt     the untrained control
-    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data nyu --root NYU         or kitti, its root
+    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data nyu --root NYU                 kitti alike
     python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data sunrgbd --root SUN --train-root NYU
 
 The "lin. 4" protocol of DINOv2 (Oquab et al. 2024): 38,400 iterations of 16 crops, AdamW, the scale-invariant loss of
@@ -68,7 +68,8 @@ class Head(nn.Module):
         x = torch.cat([patches, cls[:, :, None, None].expand_as(patches)], -1)      # (B, 4, h, w, 2D)
         logits = F.linear(x.permute(0, 2, 3, 1, 4).flatten(3), self.weight, self.bias)      # (B, h, w, K)
         relu = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear").relu_()
-        sums = relu.permute(0, 2, 3, 1) @ self.moments + 0.1 * self.moments.sum(0)  # (B, 4h, 4w, 2): of w x depth; w
+        # (B, 4h, 4w, 2): sums over the bins of weight x depth, and of weight
+        sums = relu.permute(0, 2, 3, 1) @ self.moments + 0.1 * self.moments.sum(0)
         return sums[..., 0] / sums[..., 1]
 
 
@@ -214,9 +215,8 @@ def train_heads(model, train, val, args, device, file, stamp):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
                                  f"the features overflow with --amp {args.amp}, or the heads diverge")
             if done in logs:
-                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-                print(f"iteration {done:,}/{args.iters:,}  loss {total / (done - said):.4f}  "
-                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+                eta = datetime.timedelta(0, round((time.perf_counter() - clock) / (done - start) * (args.iters - done)))
+                print(f"iteration {done:,}/{args.iters:,}  loss {total / (done - said):.4f}  eta {eta}", flush=True)
                 total, said = 0, done
             if saving:
                 save(done)
@@ -236,8 +236,7 @@ def batches(model, train, args, device, start):
     them where there is no augmentation."""
     if isinstance(train, tuple):
         for keys in BatchOrder(len(train[0]), args, start):
-            i = torch.tensor([i for _, i in keys], device=device)
-            yield tuple(x[i] for x in train)
+            yield tuple(x[[i for _, i in keys]] for x in train)
         return
     crops, order = TrainCrops(train, args.crop, args.seed), BatchOrder(len(train), args, start)
     for batch in DataLoader(crops, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
@@ -296,7 +295,7 @@ class DepthPictures:
             raise ValueError(f"{depth_file}: {w}x{h} pixels, its picture {file} {width}x{height}; mend or remove one")
         if self.source == "sunrgbd":
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-            # from four neighbours, as OpenCV's bilinear does; Pillow's would smooth what it shrinks
+            # from four neighbours, as OpenCV's bilinear; Pillow's takes more of them where it shrinks
             pixels = (F.interpolate(pixels, (480, 640), mode="bilinear")[0] + 0.5).byte()
             if self.split == "train":
                 depth = np.asarray(Image.fromarray(depth).resize((640, 480), Image.NEAREST))
@@ -340,8 +339,8 @@ class TrainCrops:
         image, depth = self.pictures.read(key[1])
         (h, w), (height, width) = depth.shape, self.crop
         if h < height or w < width:
-            file, _ = self.pictures.pairs[key[1]]
-            raise ValueError(f"{file}: {w}x{h} pixels to crop {width}x{height} from; give a smaller --crop H W")
+            raise ValueError(f"{self.pictures.pairs[key[1]][0]}: {w}x{h} pixels to crop {width}x{height} from; give a "
+                             "smaller --crop H W")
         rng = np.random.default_rng((CROP, self.seed, *key))
         return as_item(*augment(rng, image, depth, self.crop, 0.1 if self.pictures.source == "kitti" else 0.25))
 
@@ -447,17 +446,17 @@ def unlisted(root, val):
 
 
 def refuse_void(pictures):
-    """Without a pixel to learn from, or one to score, hours of training end in nothing: one of at most 500 maps, spread
-    over the split, must have some. A few void ones do no harm."""
-    val, most = pictures.split == "val", MAX_DEPTH[pictures.source]
+    """Without a pixel to learn from, or one to score, hours of training end in nothing. 64 maps or more are read,
+    spread over the split; if all are void, 500. A few void ones do no harm."""
+    source, val, most = pictures.source, pictures.split == "val", MAX_DEPTH[pictures.source]
+    usable = scored if val else lambda depth, _: (depth > 0) & (depth <= most)      # as best_constant takes them
     some = range(0, len(pictures), math.ceil(len(pictures) / 500))
-    for i in reversed(some):
-        depth = pictures[i]["depth"]
-        if (scored(depth, pictures.source) if val else (depth > 0) & (depth <= most)).any():
-            return
-    raise ValueError(f"{pictures.pairs[0][1]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none "
-                     f"in (0, {most:g}]" + " inside the window" * val + f"; so all of {count(len(some), 'depth map')} "
-                     "looked at; take the data set's own files")
+    void = [not usable(pictures[i]["depth"], source).any() for i in some[::len(some) // 64 or 1]]
+    if all(void) and not any(usable(pictures[i]["depth"], source).any() for i in some):
+        depth = pictures[0]["depth"]
+        raise ValueError(f"{pictures.pairs[0][1]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, "
+                         f"none in (0, {most:g}]" + " inside the window" * val + f"; so all of "
+                         f"{count(len(some), 'depth map')} looked at; take the data set's own files")
 
 
 def count(n, noun):
@@ -487,11 +486,11 @@ def draw_images(file, val, maps, max_depth, width=400, gap=4):
     the label shows the farthest of those below it, or the few that KITTI's laser measured would hardly be seen."""
     rows = []
     for i, prediction in enumerate(maps):
-        pixels, label = val[i]["image"], val[i]["depth"]
-        label = label.where(label <= max_depth, 0)
+        item = val[i]
+        label = item["depth"].where(item["depth"] <= max_depth, 0)
         size = width, round(width * label.shape[0] / label.shape[1])
         farthest = F.adaptive_max_pool2d(label[None], size[::-1])[0]
-        tiles = [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)]
+        tiles = [Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)]
         tiles += [colour(x.numpy(), label.max().item()).resize(size, Image.NEAREST) for x in (farthest, prediction)]
         rows.append(np.hstack([np.pad(tile, ((0, gap), (0, gap), (0, 0)), constant_values=255) for tile in tiles]))
     Image.fromarray(np.vstack(rows)).save(file)
