@@ -2,8 +2,7 @@
 
     python probe_depth.py --weights runs/shapes_entmax15_s0/checkpoint.pt
     python probe_depth.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt     the untrained control
-    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data nyu --root NYU
-    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data kitti --root KITTI
+    python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data nyu --root NYU                 kitti alike
     python probe_depth.py --weights dino_deitsmall16_pretrain.pth --data sunrgbd --root SUN --train-root NYU
 
 The "lin. 4" protocol of DINOv2 (Oquab et al. 2024): 38,400 iterations of 16 crops, AdamW, the scale-invariant loss of
@@ -17,10 +16,9 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 import argparse
 import dataclasses
 import datetime
+import functools
 import math
 import os
-import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -44,410 +42,17 @@ RECIPES = {
     # 300 iterations at the paper's learning rate learn little: RMSE 3.2 to 3.4 m, at ten times it 2.65 m
     "shapes": dict(PAPER, iters=300, lr=1e-2, evaluations=3, workers=0, save_every=100, log_every=50, crop=None),
 }
-BINS, MIN_DEPTH, MAX_NORM = 256, 1e-3, 35.0                         # bins from MIN_DEPTH to MAX_DEPTH; of a gradient
+BINS, MIN_DEPTH, MAX_NORM = 256, 1e-3, 35.0             # bins from MIN_DEPTH to MAX_DEPTH; norm of a head's gradient
 MAX_DEPTH = {"nyu": 10.0, "kitti": 80.0, "sunrgbd": 10.0, "shapes": 10.0}
 CAP = {"sunrgbd": 8.0}                                              # metres that truth and prediction are clipped at
 # Rows and columns that are evaluated, half-open. Eigen et al. 2014, for SUN RGB-D at native size; and Garg et al. 2016,
 # 0.40810811 to 0.99189189 of the 352 rows and 0.03594771 to 0.96405229 of the 1216 columns.
 WINDOW = {"nyu": (45, 471, 41, 601), "sunrgbd": (45, 471, 41, 601), "kitti": (143, 349, 43, 1172)}
-SUN_SIZE = (640, 480)       # width, height its pictures are resized to, from four neighbours, as OpenCV's bilinear does
-PER_METRE = {"nyu": 1000, "kitti": 256, "sunrgbd": 1000}            # of the 16-bit depth maps
-LISTS = {
-    "nyu": dict(train="nyu_train.txt", val="nyu_test.txt"),
-    "kitti": dict(train="kitti_eigen_train.txt", val="kitti_eigen_test.txt"),
-    "sunrgbd": dict(train="SUNRGBD_val_splits.txt", val="SUNRGBD_val_splits.txt"),      # train: every other frame
-}
-# Where pictures and depth maps may lie below --root: BTS keeps NYU's splits apart, and KITTI's archive of depth maps
-# unpacks into train/ and val/.
-PLACES = {
-    "nyu": 2 * [["", "sync", "official_splits/test"]],
-    "kitti": (["input"], [folder + split for split in ("", "/train", "/val") for folder in
-                          ("gt_depth", "gt_depth/data_depth_annotated", "data_depth_annotated", ".")]),
-    "sunrgbd": 2 * [[""]],
-}
-TREES = {
-    "nyu": "nyu_train.txt, nyu_test.txt and the <scene>/rgb_*.jpg, <scene>/sync_depth_*.png that they list",
-    "kitti": "kitti_eigen_train.txt, kitti_eigen_test.txt, input/<date>/<drive>_sync/image_02/data/*.png and "
-             "gt_depth/<drive>_sync/proj_depth/groundtruth/image_02/*.png",
-    "sunrgbd": "SUNRGBD_val_splits.txt and SUNRGBD/.../<id>/{image/*.jpg,depth/*.png}",
-}
-EXPECTED = {"nyu": {"train": 24_231, "val": 654}, "kitti": {"train": 23_158, "val": 652},
-            "sunrgbd": {"train": 5_285, "val": 5_050}}
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-ORDER, CROP = range(2)                                              # streams of random numbers
-VIRIDIS = np.array([[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128],
-                    [94, 201, 98], [173, 220, 48], [253, 231, 37]])     # of matplotlib, at 0, 1/8, ..., 1
 
 
-# ------------------------------------------------------------------------------------------- command line
-def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
-
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # weights
-    p.add_argument("--weights", nargs="+", required=True, metavar="FILE",
-                   help="checkpoints of train.py, official DINO files, a run folder (its numbered files), or random")
-    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="DINO evaluates the teacher")
-    p.add_argument("--like", help="checkpoint whose architecture --weights random takes; default ViT-S/16")
-    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say; default width / 64")
-    # data
-    p.add_argument("--data", choices=list(RECIPES), default="shapes")
-    p.add_argument("--root", help="folder that holds " + "; ".join(f"{data}: {tree}" for data, tree in TREES.items()))
-    p.add_argument("--train-on", choices=["nyu", "sunrgbd"], help="for --data sunrgbd; default nyu. sunrgbd: every "
-                   "frame that is not in the val list")
-    p.add_argument("--train-root", help="NYU's folder, for --data sunrgbd trained on nyu")
-    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds")
-    # heads
-    p.add_argument("--iters", type=int, help="iterations; warm-up and cosine schedule scale with them")
-    p.add_argument("--batch-size", type=int, help="images per iteration")
-    p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="training crop in pixels")
-    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
-    # run
-    p.add_argument("--seed", type=int, default=0, help="of heads, crops and order of images; of --weights random")
-    p.add_argument("--amp", choices=list(PRECISION), help="of the frozen forward; default bf16 on CUDA, off on CPU")
-    p.add_argument("--workers", type=int, help="loader processes")
-    p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1,600 of 38,400")
-    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
-    p.add_argument("--log-every", type=int, help="iterations between progress lines")
-    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
-                   "prediction of the last evaluation, into <out without .json>.png")
-    p.add_argument("--out", help="result file; default <weights without .pt>.depth.<data>.json")
-    p.set_defaults(**recipe)
-    args = p.parse_args(argv)
-    check_args(p, args)
-    return args
-
-
-def check_args(p, args):
-    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
-    if (args.root is None) != (args.data == "shapes"):
-        p.error(f"--data {args.data} needs --root, a folder with {TREES[args.data]}" if args.root is None else
-                "--data shapes takes no --root; its scenes are embedded")
-    if args.train_on and args.data != "sunrgbd":
-        p.error(f"--train-on goes with --data sunrgbd; {args.data} trains on its own train split")
-    args.train_on = args.train_on or ("nyu" if args.data == "sunrgbd" else args.data)
-    if (args.train_root is None) != (args.train_on == args.data):
-        p.error(f"--data sunrgbd needs --train-root, a folder with {TREES['nyu']}, or --train-on sunrgbd"
-                if args.train_root is None else "--train-root goes with --data sunrgbd trained on nyu")
-    if args.crop and args.data == "shapes":
-        p.error("--data shapes takes no --crop; its scenes are seen whole")
-    if args.like and args.weights != ["random"]:
-        p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-    if args.eval_every is None:
-        args.eval_every = max(1, round(args.iters / args.evaluations))
-    for name in "iters batch_size seeds workers seed eval_every save_every log_every save_images heads".split():
-        least = name not in ("workers", "seed", "save_images")
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {int(least)}")
-    if args.crop and min(args.crop) < 1:
-        p.error(f"--crop {args.crop[0]} {args.crop[1]}: must be at least 1")
-    args.crop = args.crop and tuple(args.crop)                      # as in RECIPES: the stamp compares them
-    if args.seed >= 2**63:
-        p.error(f"--seed {args.seed}: must be below 2^63")
-    try:
-        args.weights = checkpoint.list_checkpoints(args.weights)
-    except OSError as error:
-        sys.exit(str(error))
-    if args.out and len(args.weights) > 1:
-        p.error(f"--out names one file and --weights {len(args.weights)}; leave it out for one result beside each")
-    if args.amp is None:
-        args.amp = "off"
-        if torch.cuda.is_available():                               # older cards only emulate bfloat16, slowly
-            args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-# ------------------------------------------------------------------------------------------- data
-class Scenes:
-    """The embedded data set as (uint8 image, depth): 2,000 train scenes as in train.py's default, 1,000 val scenes."""
-
-    def __init__(self, split, size):
-        self.scenes = Shapes(split, size, {"train": 2000, "val": 1000}[split])
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, i):
-        scene = self.scenes[i]
-        return scene["image"], scene["depth"]
-
-
-def read_picture(path):
-    try:
-        return vit.read_image(path)
-    except Exception as error:                                      # Pillow's own messages mostly lack the name
-        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
-
-
-def read_depth(path, source):
-    """(H, W) float32 metres of a 16-bit depth map; 0 where nothing was measured."""
-    try:
-        with Image.open(path) as image:
-            mode, raw = image.mode, np.asarray(image)
-    except Exception as error:
-        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
-    if not mode.startswith("I"):                                    # I;16, or I of older Pillows
-        raise ValueError(f"{path}: a picture of mode {mode}, not a 16-bit depth map; take the data set's own file")
-    if raw.min() < 0 or raw.max() > 65535:
-        raise ValueError(f"{path}: values from {raw.min()} to {raw.max()}, not a 16-bit depth map; take the data set's "
-                         "own file")
-    raw = raw.astype(np.uint16)
-    if source == "sunrgbd":                                         # its files are rotated left by three bits
-        raw = (raw >> 3) | (raw << 13)
-    return raw.astype(np.float32) / PER_METRE[source]
-
-
-class Pictures:
-    """The listed (picture, depth map) files of one split, cut or resized to the geometry of their data set."""
-
-    def __init__(self, source, split, pairs):
-        self.source, self.split, self.pairs = source, split, pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def read(self, i):
-        """uint8 (H, W, 3) and float32 depth (H, W); the depth of SUN RGB-D's val split keeps its own size."""
-        file, depth_file = self.pairs[i]
-        image, depth = read_picture(file), read_depth(depth_file, self.source)
-        (width, height), (h, w) = image.size, depth.shape
-        if (h, w) != (height, width):
-            raise ValueError(f"{depth_file}: {w}x{h} pixels, its picture {file} {width}x{height}; mend or remove one")
-        if self.source == "sunrgbd":
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-            pixels = (F.interpolate(pixels, SUN_SIZE[::-1], mode="bilinear")[0] + 0.5).byte()
-            if self.split == "train":
-                depth = np.asarray(Image.fromarray(depth).resize(SUN_SIZE, Image.Resampling.NEAREST))
-            return pixels.permute(1, 2, 0).numpy(), depth
-        rows, columns = slice(None), slice(None)
-        if self.source == "kitti":                                  # the benchmark's crop
-            if w < 1216 or h < 352:
-                raise ValueError(f"{file}: {w}x{h} pixels, smaller than KITTI's crop 1216x352; take the raw pictures")
-            left = (w - 1216) // 2
-            rows, columns = slice(h - 352, h), slice(left, left + 1216)
-        elif self.split == "train":                                 # NYU without its white border
-            rows, columns = slice(45, 472), slice(43, 608)
-        return np.asarray(image)[rows, columns], depth[rows, columns]
-
-    def __getitem__(self, i):
-        return as_tensors(*self.read(i))
-
-
-def as_tensors(image, depth):
-    return torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(depth.copy())
-
-
-def augment(rng, image, depth, crop, brightness):
-    """Rotation, mirror image, crop and colours of BTS (Lee et al. 2019), which DINOv2 took over. uint8 (H, W, 3) and
-    float32 (H, W) -> the same two at the size of the crop."""
-    if rng.random() < 0.5:
-        degrees = rng.uniform(-2.5, 2.5)
-        image, depth = (np.asarray(Image.fromarray(x).rotate(degrees, resample)) for x, resample in
-                        ((image, Image.Resampling.BILINEAR), (depth, Image.Resampling.NEAREST)))    # 0 = unmeasured
-    if rng.random() < 0.5:
-        image, depth = image[:, ::-1], depth[:, ::-1]
-    top, left = (rng.integers(side - part + 1) for side, part in zip(depth.shape, crop, strict=True))
-    window = slice(top, top + crop[0]), slice(left, left + crop[1])
-    image, depth = image[window], depth[window]
-    if rng.random() < 0.5:
-        image = image.astype(np.float32) ** rng.uniform(0.9, 1.1)   # of 0..255, not 0..1: as in DINOv2
-        image = image * rng.uniform(1 - brightness, 1 + brightness) * rng.uniform(0.9, 1.1, 3)
-        image = (image.clip(0, 255) + 0.5).astype(np.uint8)         # a quarter of the bytes to the device
-    return image, depth
-
-
-class Crops:
-    """Augmented crop of a train picture and its depth map, a function of (seed, epoch, index)."""
-
-    def __init__(self, pictures, crop, seed):
-        self.pictures, self.crop, self.seed = pictures, crop, seed
-
-    def __getitem__(self, key):
-        image, depth = self.pictures.read(key[1])
-        (h, w), (height, width) = depth.shape, self.crop
-        if h < height or w < width:
-            raise ValueError(f"{self.pictures.pairs[key[1]][0]}: {w}x{h} pixels to crop {width}x{height} from; give a "
-                             "smaller --crop H W")
-        rng = np.random.default_rng((CROP, self.seed, *key))
-        return as_tensors(*augment(rng, image, depth, self.crop, 0.1 if self.pictures.source == "kitti" else 0.25))
-
-
-class Draws:
-    """Batch sampler: batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
-
-    def __init__(self, n, args, start):
-        self.n, self.args, self.start = n, args, start
-
-    def __iter__(self):
-        size, epoch = self.args.batch_size, None
-        for t in range(self.start, self.args.iters):
-            keys = []
-            for position in range(t * size, (t + 1) * size):
-                if position // self.n != epoch:
-                    epoch = position // self.n
-                    order = np.random.default_rng((ORDER, self.args.seed, epoch)).permutation(self.n).tolist()
-                keys.append((epoch, order[position % self.n]))
-            yield keys
-
-
-def count(n, noun):
-    return f"{n:,} {noun}" + "s" * (n != 1)
-
-
-def read_list(file, root, places):
-    """([(picture, depth map)], number of pictures without one) of lines 'picture depth-map-or-None [focal length]'.
-    `places`: folders below `root` for pictures, and for depth maps; the first that has the file counts."""
-    def find(name, folders):
-        paths = [Path(root, folder, name.lstrip("/")) for folder in folders]
-        for path in paths:
-            if path.is_file():
-                return path
-        raise FileNotFoundError(f"{file}, line {number}: {paths[0]}: no such file; complete the data set")
-
-    pairs, without = [], 0
-    lines = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")     # editors write a BOM
-    for number, names in enumerate(map(str.split, lines), 1):
-        if len(names) == 1:
-            raise ValueError(f"{file}, line {number}: {names[0]!r} names no picture and depth map")
-        if names and names[1] != "None":
-            pairs.append(tuple(map(find, names[:2], places)))
-        without += names[1:2] == ["None"]
-    return pairs, without
-
-
-def unlisted(root, val):
-    """The (picture, depth map) of every SUN RGB-D frame below root/SUNRGBD that is not one of the pairs `val`."""
-    def files(folder, suffix):
-        return sorted(path for path in Path(folder).glob("[!.]*") if path.suffix.lower() == suffix)
-
-    seen, pairs = {os.path.realpath(depth.parent.parent) for _, depth in val}, []
-    for frame, below, _ in os.walk(Path(root, "SUNRGBD"), followlinks=True):
-        real = os.path.realpath(frame)
-        below[:] = sorted(name for name in below if name[0] != "." and real not in seen)    # nor a loop of links
-        seen.add(real)
-        if "depth" in below:
-            images, maps = files(f"{frame}/image", ".jpg"), files(f"{frame}/depth", ".png")
-            if maps and not images:
-                raise FileNotFoundError(f"{frame}/image: no *.jpg beside {maps[0]}; complete the data set")
-            pairs += [(images[0], depth) for depth in maps]
-    return pairs
-
-
-def open_split(source, split, root, args):
-    """Pictures of a split, once their number has been compared with what the data set holds."""
-    file = Path(root, LISTS[source][split])
-    if not file.is_file():
-        found = sorted(os.listdir(root))[:8] if os.path.isdir(root) else "no such folder"
-        raise FileNotFoundError(f"{file}: no such file; {root} must hold {TREES[source]}, and holds {found}")
-    pairs, without = read_list(file, root, PLACES[source])
-    if (source, split) == ("sunrgbd", "train"):
-        pairs = unlisted(root, pairs)
-    expected = EXPECTED[source][split]
-    print(f"{source} {split}: {count(len(pairs), 'image')}" + f"; {without} more without a depth map" * (without > 0))
-    if len(pairs) < (1 if args.allow_partial else expected):
-        raise ValueError(f"{file}: {count(len(pairs), f'{split} image')} of {expected:,}; complete them"
-                         + ", or give --allow-partial" * (len(pairs) > 0))
-    pictures = Pictures(source, split, pairs)
-    refuse_void(pictures)
-    return pictures
-
-
-def spread(n, most):
-    """At most `most` of the indices 0..n-1, evenly spread over them."""
-    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
-
-
-def refuse_void(pictures):
-    """Without a pixel to learn from, or one to score, hours of training end in nothing. 64 maps are looked at, spread
-    over the split; if all are void, 500, as many as best_constant reads. A few void ones do no harm."""
-    source, usable = pictures.source, {"train": in_range, "val": scored}[pictures.split]
-    for most in (64, 500):
-        some = spread(len(pictures), most)
-        void = [pictures.pairs[i][1] for i in some if not usable(pictures[i][1], source).any()]
-        if void:
-            print(f"{void[0]}: no valid pixel; so {len(void)} of {count(len(some), 'depth map')} looked at")
-        if len(void) < len(some):
-            return
-    depth = pictures[0][1]
-    raise ValueError(f"{void[0]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, none in "
-                     f"(0, {MAX_DEPTH[source]:g}]" + " inside the window" * (pictures.split == "val")
-                     + f"; so all of {count(len(some), 'depth map')} looked at; take the data set's own files")
-
-
-def refuse_shared(train, val):
-    """A picture that was trained on measures nothing."""
-    trained = {os.path.realpath(file) for file, _ in train.pairs}
-    if shared := [file for file, _ in val.pairs if os.path.realpath(file) in trained]:
-        raise ValueError(f"{shared[0]}: in train and in val, the first of {count(len(shared), 'such picture')}; take "
-                         "them out of one")
-
-
-def open_data(args, size):
-    """(train, val) data sets of (uint8 (3, H, W), float32 depth (H', W')), and the fingerprint of their files."""
-    if args.data == "shapes":
-        return Scenes("train", size), Scenes("val", size), FINGERPRINT
-    roots = args.train_root or args.root, args.root
-    train, val = open_split(args.train_on, "train", roots[0], args), open_split(args.data, "val", roots[1], args)
-    refuse_shared(train, val)
-    return train, val, "-".join(checkpoint.fingerprint(Path(root), *zip(*split.pairs, strict=True))
-                                for root, split in zip(roots, (train, val), strict=True))
-
-
-# ------------------------------------------------------------------------------------------- frozen features
-def four_blocks(depth):
-    """0-based indices of four evenly spaced blocks, the last one included."""
-    return [depth * i // 4 - 1 for i in (1, 2, 3, 4)]
-
-
-@torch.no_grad()                                                    # inference tensors could not enter a backward
-def frozen(model, images, args):
-    """float32 [CLS] (B, 4, D) and patches (B, 4, h, w, D) of the four blocks, without the final norm, of uint8 images
-    (B, 3, H, W) of any size."""
-    images = vit.pad_to_patches(vit.normalize(images), model.config.patch_size)
-    with torch.autocast(images.device.type, PRECISION[args.amp], enabled=args.amp != "off"):
-        features = model.features(images, four_blocks(model.config.depth), norm=False)
-    return torch.stack([f.cls for f in features], 1).float(), torch.stack([f.patches for f in features], 1).float()
-
-
-def extract(model, scenes, args, device, chunk=16):
-    """[CLS] (N, 4, D), patches (N, 4, h, w, D) and depth (N, H, W) of all scenes."""
-    parts = [(*frozen(model, x.to(device), args), y.to(device))
-             for x, y in DataLoader(scenes, chunk, num_workers=args.workers)]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def batches(model, train, args, device, start):
-    """([CLS], patches, depth) of the batches from iteration `start` on. `train`: pictures, or the features of all of
-    them where there is no augmentation."""
-    if isinstance(train, tuple):
-        for keys in Draws(len(train[0]), args, start):
-            i = torch.tensor([i for _, i in keys], device=device)
-            yield tuple(x[i] for x in train)
-        return
-    crops = Crops(train, args.crop, args.seed)
-    for x, y in DataLoader(crops, batch_sampler=Draws(len(train), args, start), num_workers=args.workers,
-                           pin_memory=device.type == "cuda", worker_init_fn=checkpoint.deaf_worker):
-        yield *frozen(model, x.to(device, non_blocking=True), args), y.to(device, non_blocking=True)
-
-
-def val_batches(model, val, args, device, chunk=16):
-    """([CLS], patches, depth) of the val images in order; features of an image and of its mirror image one after the
-    other, except for scenes."""
-    if isinstance(val, tuple):
-        yield from zip(*(x.split(chunk) for x in val), strict=True)
-        return
-    for x, y in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
-                           worker_init_fn=checkpoint.deaf_worker):
-        x = x.to(device, non_blocking=True)
-        yield *frozen(model, torch.stack([x, x.flip(-1)]), args), y[None].to(device, non_blocking=True)
-
-
-# ------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------------------- what it computes
 class Head(nn.Module):
-    """One 1x1 convolution to K bins. Depth is the mean of the bins' depths, weighted by relu(.) + 0.1: it lies between
-    theirs."""
+    """1x1 convolution to K bins; depth is the mean of theirs with weights relu(.) + 0.1, so it lies between them."""
 
     def __init__(self, dim, max_depth, seed):
         super().__init__()
@@ -455,7 +60,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(BINS, 8 * dim).uniform_(-bound, bound, generator=draws))
         self.bias = nn.Parameter(torch.empty(BINS).uniform_(-bound, bound, generator=draws))
         bins = torch.linspace(MIN_DEPTH, max_depth, BINS)
-        self.register_buffer("moments", torch.stack([bins, torch.ones(BINS)], 1), persistent=False)
+        self.register_buffer("moments", torch.stack([bins, torch.ones(BINS)], 1), persistent=False)     # (K, 2)
 
     def forward(self, cls, patches):
         """(B, 4h, 4w) metres. The convolution comes before the x4 upsampling: both are linear, so the logits are the
@@ -463,16 +68,15 @@ class Head(nn.Module):
         x = torch.cat([patches, cls[:, :, None, None].expand_as(patches)], -1)      # (B, 4, h, w, 2D)
         logits = F.linear(x.permute(0, 2, 3, 1, 4).flatten(3), self.weight, self.bias)      # (B, h, w, K)
         relu = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear").relu_()
-        sums = relu.permute(0, 2, 3, 1) @ self.moments + 0.1 * self.moments.sum(0)  # (B, 4h, 4w, 2): sums of w b, of w
+        # (B, 4h, 4w, 2): sums over the bins of weight x depth, and of weight
+        sums = relu.permute(0, 2, 3, 1) @ self.moments + 0.1 * self.moments.sum(0)
         return sums[..., 0] / sums[..., 1]
 
 
 def predict(head, cls, patches, size, mirrored=False):
     """(B, *size) metres. Of a mirrored pair of images, (1, *size): the mean of the two, the second turned back."""
     depth = F.interpolate(head(cls, patches)[:, None], size=tuple(size), mode="bilinear")[:, 0]
-    if mirrored:
-        depth = torch.stack([depth[0], depth[1].flip(-1)]).mean(0, keepdim=True)
-    return depth
+    return torch.stack([depth[0], depth[1].flip(-1)]).mean(0, keepdim=True) if mirrored else depth
 
 
 def sig_loss(prediction, target, warmup):
@@ -489,95 +93,15 @@ def sig_loss(prediction, target, warmup):
 
 
 def learning_rate(t, args):
-    """Cosine from --lr to 1e-8 of it, in the first third of the iterations times a line from 0.001 to 1."""
+    """Cosine from the recipe's lr to 1e-8 of it, in the first third of the iterations times a line from 0.001 to 1."""
     cosine = 1e-8 + (1 - 1e-8) * (1 + math.cos(math.pi * t / args.iters)) / 2
     return args.lr * cosine * (1 - 0.999 * max(0, 1 - 3 * t / args.iters))
 
 
-def train_heads(model, train, val, args, device, file, stamp):
-    """(history of the evaluations, predictions of the last one for the first --save-images images) of --iters
-    iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
-    most, seeds = MAX_DEPTH[args.data], range(args.seed, args.seed + args.seeds)
-    heads = nn.ModuleList(Head(model.config.dim, most, seed) for seed in seeds).to(device)
-    optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
-    start, history = checkpoint.resume_heads(file, stamp, heads, optimizer)
-    if history and history[-1]["iteration"] == args.iters:
-        return history, []
-    if args.data == "shapes":
-        train, val = extract(model, train, args, device), extract(model, val, args, device)
-    constant = best_constant(train, args)
-    stream, clock, total = batches(model, train, args, device, start), time.perf_counter(), 0
-
-    def due(done, every):
-        return done == args.iters or done % every == 0
-
-    def save(done):
-        checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
-                                               optimizer=optimizer.state_dict(), history=history))
-
-    with checkpoint.noted_signals() as asked:
-        for t in range(start, args.iters + 1):
-            if t and due(t, args.eval_every) and t not in [row["iteration"] for row in history]:
-                seen = checkpoint.until_asked(asked, val_batches(model, val, args, device))
-                row, drawn = measure(heads, seen, constant, args)
-                history.append(dict(iteration=t, **row))
-                print(f"iteration {t:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
-                save(t)
-            if t == args.iters:
-                return history, drawn
-            optimizer.param_groups[0]["lr"] = learning_rate(t, args)
-            cls, patches, depth = next(stream)
-            for head in heads:                                      # one graph at a time in memory
-                loss = sig_loss(predict(head, cls, patches, depth.shape[1:]), depth, t < stamp["loss_warmup"])
-                loss.backward()
-                nn.utils.clip_grad_norm_(head.parameters(), MAX_NORM)
-                total = total + loss.detach() / args.seeds          # over the iterations since the last line
-            optimizer.step(); optimizer.zero_grad()
-
-            done, ends = t + 1, asked[:1]                           # a signal that comes after this counts next time
-            logs = due(done, args.log_every)
-            saves = ends or due(done, args.save_every) or due(done, args.eval_every)
-            if (logs or saves) and not math.isfinite(total):
-                raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
-                                 f"the features overflow with --amp {args.amp}, or the heads diverge")
-            if logs:
-                loss = total / (done - max(start, t // args.log_every * args.log_every))
-                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-                print(f"iteration {done:,}/{args.iters:,}  loss {loss:.4f}  "
-                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
-                total = 0
-            if saves:
-                save(done)
-            if ends:
-                checkpoint.leave(ends, f"after iteration {done:,}")
-
-
-# ------------------------------------------------------------------------------------------- evaluation
-def best_constant(train, args, most=500):
-    """Mean in metres of the valid depths of at most 500 evenly spaced train maps: no constant has less square error
-    there."""
-    if isinstance(train, tuple):
-        maps = train[2]
-    else:
-        some = Subset(train, spread(len(train), most))
-        maps = (y for _, y in DataLoader(some, batch_size=None, num_workers=args.workers))
-    total, count = 0.0, 0
-    for y in maps:
-        valid = y[in_range(y, args.data)]
-        total, count = total + valid.double().sum().item(), count + len(valid)
-    return total / count
-
-
-def in_range(depth, data):
-    """bool (..., H, W): the pixels whose depth is measured and not beyond the last bin."""
-    return (depth > 0) & (depth <= MAX_DEPTH[data])
-
-
 def scored(depth, data):
     """bool (..., H, W): the pixels whose depth is known, in range and inside the window."""
-    depth = depth.clamp(max=CAP.get(data, math.inf))
     if data == "shapes":
-        return depth > 0
+        return depth > 0                                            # the backdrop, at 10 m, counts
     top, bottom, left, right = WINDOW[data]
     inside = torch.zeros_like(depth, dtype=torch.bool)
     inside[..., top:bottom, left:right] = True
@@ -591,34 +115,357 @@ def errors(p, t):
 
 
 @torch.no_grad()
-def measure(heads, seen, constant, args):
+def measure(heads, batches, constant, args):
     """({metric: mean over images, of each head}, depth maps (H, W) that the first head predicts for the first images).
-    `seen`: val_batches. An image without a pixel to score is left out."""
-    table, drawn, skipped, cap = [], [], 0, CAP.get(args.data, math.inf)
-    for cls, patches, target in seen:
+    `batches`: val_batches. An image without a pixel to score is left out."""
+    table, maps, skipped, cap = [], [], 0, CAP.get(args.data, math.inf)
+    for cls, patches, target in batches:
         target = target.clamp(max=cap)
-        guesses = [predict(head, cls, patches, target.shape[1:], args.data != "shapes") for head in heads]
-        drawn += guesses[0][:args.save_images - len(drawn)].cpu()
-        guesses.append(torch.full_like(target, constant))
+        predictions = [predict(head, cls, patches, target.shape[1:], args.data != "shapes") for head in heads]
+        maps += predictions[0][:args.save_images - len(maps)].cpu()
+        predictions.append(torch.full_like(target, constant))       # as if a head
         for i, valid in enumerate(scored(target, args.data)):
-            if not valid.any():
-                skipped += 1
-                continue
-            t = target[i][valid].double()
-            table.append(torch.stack([errors(p[i][valid].double().clamp(max=cap), t) for p in guesses]))
+            if valid.any():
+                t = target[i][valid].double()
+                table.append(torch.stack([errors(p[i][valid].double().clamp(max=cap), t) for p in predictions]))
+            skipped += not valid.any()
     rmse, abs_rel, d1 = torch.stack(table).mean(0).T.tolist()       # S + 1 values each
     return dict(rmse=rmse[:-1], abs_rel=abs_rel[:-1], d1=d1[:-1], rmse_constant=rmse[-1], constant=constant,
-                skipped=skipped), drawn
+                skipped=skipped), maps
+
+
+def best_constant(train, args, most=500):
+    """Mean in metres of the depths of at most 500 evenly spread train maps: no constant has less square error there."""
+    if isinstance(train, tuple):                                    # of extract
+        maps = train[2]
+    else:
+        some = np.linspace(0, len(train) - 1, min(len(train), most)).round().astype(int).tolist()
+        maps = (item["depth"] for item in DataLoader(Subset(train, some), batch_size=None, num_workers=args.workers))
+    total, pixels = 0.0, 0
+    for depth in maps:
+        valid = depth[(depth > 0) & (depth <= MAX_DEPTH[args.data])]
+        total, pixels = total + valid.double().sum().item(), pixels + len(valid)
+    return total / pixels
+
+
+# ------------------------------------------------------------------------------------------- frozen features, training
+def four_blocks(depth):
+    """0-based indices of four evenly spaced blocks, the last one included."""
+    return [depth * i // 4 - 1 for i in (1, 2, 3, 4)]
+
+
+@torch.no_grad()                                                    # inference tensors could not enter a backward
+def frozen(model, images, args):
+    """float32 [CLS] (B, 4, D), patches (B, 4, h, w, D) of four blocks, no final norm, of uint8 images (B, 3, H, W)."""
+    images = vit.pad_to_patches(vit.normalize(images), model.config.patch_size)
+    with checkpoint.autocast(images.device, args.amp):
+        features = model.features(images, four_blocks(model.config.depth), norm=False)
+    return torch.stack([f.cls for f in features], 1).float(), torch.stack([f.patches for f in features], 1).float()
+
+
+def train_step(heads, optimizer, cls, patches, depth, t, args):
+    """Step t of every head; returns the mean of their losses."""
+    optimizer.param_groups[0]["lr"] = learning_rate(t, args)
+    total = 0
+    for head in heads:                                              # one graph at a time in memory
+        loss = sig_loss(predict(head, cls, patches, depth.shape[1:]), depth, t < args.loss_warmup)
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), MAX_NORM)       # of each alone: a head does not know the others
+        total = total + loss.detach() / len(heads)
+    optimizer.step(); optimizer.zero_grad()
+    return total
+
+
+def train_heads(model, train, val, args, device, file, stamp):
+    """(history of the evaluations, depth maps predicted in the last one for the first --save-images images) of --iters
+    iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    heads = nn.ModuleList(Head(model.config.dim, MAX_DEPTH[args.data], seed) for seed in seeds).to(device)
+    optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
+    start, history = checkpoint.resume_heads(file, stamp, heads, optimizer)
+    if history and history[-1]["iteration"] == args.iters:
+        return history, []
+    if args.data == "shapes":
+        train, val = extract(model, train, args, device), extract(model, val, args, device)
+    constant = best_constant(train, args)
+    logs, saves, evaluations = ({*range(every, args.iters, every), args.iters}      # after these iterations
+                                for every in (args.log_every, args.save_every, args.eval_every))
+    total, said, clock = 0, start, time.perf_counter()
+
+    def save(done):
+        checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
+                                               optimizer=optimizer.state_dict(), history=history))
+
+    with checkpoint.noted_signals() as asked:
+        stream = batches(model, train, args, device, start)
+        for t in range(start, args.iters + 1):
+            if t in evaluations and t not in [row["iteration"] for row in history]:
+                seen = checkpoint.until_asked(asked, val_batches(model, val, args, device))
+                row, maps = measure(heads, seen, constant, args)
+                history.append(dict(iteration=t, **row))
+                print(f"iteration {t:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
+                save(t)
+            if t == args.iters:
+                return history, maps
+            total = total + train_step(heads, optimizer, *next(stream), t, args)
+
+            done, ending = t + 1, asked[:1]                         # a signal that comes after this counts next time
+            saving = ending or done in saves | evaluations
+            if (saving or done in logs) and not math.isfinite(total):
+                raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
+                                 f"the features overflow with --amp {args.amp}, or the heads diverge")
+            if done in logs:
+                eta = datetime.timedelta(0, round((time.perf_counter() - clock) / (done - start) * (args.iters - done)))
+                print(f"iteration {done:,}/{args.iters:,}  loss {total / (done - said):.4f}  eta {eta}", flush=True)
+                total, said = 0, done
+            if saving:
+                save(done)
+            if ending:
+                checkpoint.leave(ending, f"after iteration {done:,}")
+
+
+def extract(model, images, args, device, chunk=16):
+    """[CLS] (N, 4, D), patches (N, 4, h, w, D) and depth (N, H, W) of all images."""
+    parts = [(*frozen(model, batch["image"].to(device), args), batch["depth"].to(device))
+             for batch in DataLoader(images, chunk, num_workers=args.workers)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def batches(model, train, args, device, start):
+    """([CLS], patches, depth) of the batches from iteration `start` on. `train`: pictures, or the features of all of
+    them where there is no augmentation."""
+    if isinstance(train, tuple):
+        for keys in BatchOrder(len(train[0]), args, start):
+            yield tuple(x[[i for _, i in keys]] for x in train)
+        return
+    crops, order = TrainCrops(train, args.crop, args.seed), BatchOrder(len(train), args, start)
+    for batch in DataLoader(crops, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=checkpoint.deaf_worker):
+        image, depth = (batch[name].to(device, non_blocking=True) for name in ("image", "depth"))
+        yield *frozen(model, image, args), depth
+
+
+def val_batches(model, val, args, device, chunk=16):
+    """([CLS], patches, depth) of the val images in order; of pictures, features of each and of its mirror image."""
+    if isinstance(val, tuple):
+        yield from zip(*(x.split(chunk) for x in val), strict=True)
+        return
+    for item in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
+                           worker_init_fn=checkpoint.deaf_worker):
+        image, depth = (item[name].to(device, non_blocking=True) for name in ("image", "depth"))
+        yield *frozen(model, torch.stack([image, image.flip(-1)]), args), depth[None]
+
+
+# ------------------------------------------------------------------------------------------- data
+# How users have the data sets on disk. train, val: list of the split, number of its images; places: where its pictures
+# and depth maps may be: BTS keeps NYU's splits apart, and KITTI's archive of depth maps unpacks into train/ and val/.
+LAYOUTS = {
+    "nyu": dict(
+        tree="nyu_train.txt, nyu_test.txt and the <scene>/rgb_*.jpg, <scene>/sync_depth_*.png that they list",
+        train=("nyu_train.txt", 24_231), val=("nyu_test.txt", 654), places=2 * [["", "sync", "official_splits/test"]]),
+    "kitti": dict(
+        tree="kitti_eigen_train.txt, kitti_eigen_test.txt, input/<date>/<drive>_sync/image_02/data/*.png and "
+             "gt_depth/<drive>_sync/proj_depth/groundtruth/image_02/*.png",
+        train=("kitti_eigen_train.txt", 23_158), val=("kitti_eigen_test.txt", 652),
+        places=[["input"], [folder + split for split in ("", "/train", "/val") for folder in
+                            ("gt_depth", "gt_depth/data_depth_annotated", "data_depth_annotated", ".")]]),
+    "sunrgbd": dict(                                                # its list is of val; train: every other frame
+        tree="SUNRGBD_val_splits.txt and SUNRGBD/.../<id>/{image/*.jpg,depth/*.png}",
+        train=("SUNRGBD_val_splits.txt", 5_285), val=("SUNRGBD_val_splits.txt", 5_050), places=2 * [[""]]),
+}
+ORDER, CROP = range(2)                                              # streams of random numbers
+
+
+class DepthPictures:
+    """The listed (picture, depth map) files of one split, cut or resized to the geometry of their data set; items as
+    those of Shapes: dict(image uint8 (3, H, W), depth float32 (H', W') metres, 0 where nothing was measured)."""
+
+    def __init__(self, source, split, pairs):
+        self.source, self.split, self.pairs = source, split, pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def read(self, i):
+        """uint8 (H, W, 3) and float32 depth (H, W); the depth of SUN RGB-D's val split keeps its own size."""
+        file, depth_file = self.pairs[i]
+        image, depth = vit.read_image(file), read_depth(depth_file, self.source)
+        (width, height), (h, w) = image.size, depth.shape
+        if (h, w) != (height, width):
+            raise ValueError(f"{depth_file}: {w}x{h} pixels, its picture {file} {width}x{height}; mend or remove one")
+        if self.source == "sunrgbd":
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+            # from four neighbours, as OpenCV's bilinear; Pillow's takes more of them where it shrinks
+            pixels = (F.interpolate(pixels, (480, 640), mode="bilinear")[0] + 0.5).byte()
+            if self.split == "train":
+                depth = np.asarray(Image.fromarray(depth).resize((640, 480), Image.NEAREST))
+            return pixels.permute(1, 2, 0).numpy(), depth
+        rows, columns = slice(None), slice(None)
+        if self.source == "kitti":                                  # the benchmark's crop, at the bottom
+            if w < 1216 or h < 352:
+                raise ValueError(f"{file}: {w}x{h} pixels, smaller than KITTI's crop 1216x352; take the raw pictures")
+            rows, columns = slice(h - 352, h), slice((w - 1216) // 2, (w - 1216) // 2 + 1216)
+        elif self.split == "train":                                 # NYU without its white border
+            rows, columns = slice(45, 472), slice(43, 608)
+        return np.asarray(image)[rows, columns], depth[rows, columns]
+
+    def __getitem__(self, i):
+        return as_item(*self.read(i))
+
+
+def read_depth(path, source):
+    """(H, W) float32 metres of a 16-bit depth map; 0 where nothing was measured."""
+    try:
+        with Image.open(path) as image:
+            mode, raw = image.mode, np.asarray(image)
+    except Exception as error:
+        raise ValueError(f"{path}: unreadable ({error}); mend or remove it") from error
+    if not mode.startswith("I") or raw.min() < 0 or raw.max() > 65535:      # I;16, or I of older Pillows
+        raise ValueError(f"{path}: values from {raw.min()} to {raw.max()} of mode {mode}, not a 16-bit depth map; take "
+                         "the data set's own file")
+    raw = raw.astype(np.uint16)
+    if source == "sunrgbd":                                         # its files are rotated left by three bits
+        raw = (raw >> 3) | (raw << 13)
+    return raw.astype(np.float32) / (256 if source == "kitti" else 1000)                 # units per metre
+
+
+class TrainCrops:
+    """Augmented crop of a train picture and its depth map, a function of (seed, epoch, index)."""
+
+    def __init__(self, pictures, crop, seed):
+        self.pictures, self.crop, self.seed = pictures, crop, seed
+
+    def __getitem__(self, key):
+        image, depth = self.pictures.read(key[1])
+        (h, w), (height, width) = depth.shape, self.crop
+        if h < height or w < width:
+            raise ValueError(f"{self.pictures.pairs[key[1]][0]}: {w}x{h} pixels to crop {width}x{height} from; give a "
+                             "smaller --crop H W")
+        rng = np.random.default_rng((CROP, self.seed, *key))
+        return as_item(*augment(rng, image, depth, self.crop, 0.1 if self.pictures.source == "kitti" else 0.25))
+
+
+def augment(rng, image, depth, crop, brightness):
+    """Rotation, mirror image, crop and colours of BTS (Lee et al. 2019), which DINOv2 took over. uint8 (H, W, 3) and
+    float32 (H, W) -> the same two at the size of the crop."""
+    if rng.random() < 0.5:
+        degrees = rng.uniform(-2.5, 2.5)
+        image, depth = (np.asarray(Image.fromarray(x).rotate(degrees, resample)) for x, resample in
+                        ((image, Image.BILINEAR), (depth, Image.NEAREST)))    # 0 = unmeasured
+    if rng.random() < 0.5:
+        image, depth = image[:, ::-1], depth[:, ::-1]
+    top, left = (rng.integers(side - part + 1) for side, part in zip(depth.shape, crop, strict=True))
+    image, depth = (x[top:top + crop[0], left:left + crop[1]] for x in (image, depth))
+    if rng.random() < 0.5:
+        image = image.astype(np.float32) ** rng.uniform(0.9, 1.1)   # of 0..255, not 0..1: as in DINOv2
+        image = image * rng.uniform(1 - brightness, 1 + brightness) * rng.uniform(0.9, 1.1, 3)
+        image = (image.clip(0, 255) + 0.5).astype(np.uint8)         # a quarter of the bytes to the device
+    return image, depth
+
+
+def as_item(image, depth):
+    return dict(image=torch.from_numpy(image.copy()).permute(2, 0, 1), depth=torch.from_numpy(depth.copy()))
+
+
+class BatchOrder:
+    """Batch sampler: batches of (epoch, index) from iteration `start` on; each epoch has an order of its own."""
+
+    def __init__(self, n, args, start):
+        self.n, self.args, self.start = n, args, start
+
+    def __iter__(self):
+        n, size, seed = self.n, self.args.batch_size, self.args.seed
+        order = functools.lru_cache(1)(lambda epoch: np.random.default_rng((ORDER, seed, epoch)).permutation(n))
+        for t in range(self.start, self.args.iters):
+            yield [(at // n, int(order(at // n)[at % n])) for at in range(t * size, (t + 1) * size)]
+
+
+def open_data(args, size):
+    """(train, val) data sets, and the fingerprint of their files."""
+    if args.data == "shapes":                                       # as many train scenes as train.py's default
+        return Shapes("train", size, 2000), Shapes("val", size, 1000), FINGERPRINT
+    roots = args.train_root or args.root, args.root
+    train, val = open_split(args.train_on, "train", roots[0], args), open_split(args.data, "val", roots[1], args)
+    trained = {os.path.realpath(file) for file, _ in train.pairs}   # what was trained on measures nothing
+    if shared := [file for file, _ in val.pairs if os.path.realpath(file) in trained]:
+        raise ValueError(f"{shared[0]}: in train and in val, the first of {count(len(shared), 'such picture')}; take "
+                         "them out of one")
+    return train, val, "-".join(checkpoint.fingerprint(Path(root), *zip(*split.pairs, strict=True))
+                                for root, split in zip(roots, (train, val), strict=True))
+
+
+def open_split(source, split, root, args):
+    """Pictures of a split, once their number has been compared with what the data set holds."""
+    name, expected = LAYOUTS[source][split]
+    file = Path(root, name)
+    if not file.is_file():
+        found = sorted(os.listdir(root))[:8] if os.path.isdir(root) else "no such folder"
+        raise FileNotFoundError(f"{file}: no such file; {root} must hold {LAYOUTS[source]['tree']}, and holds {found}")
+    pairs = read_list(file, root, LAYOUTS[source]["places"])
+    if (source, split) == ("sunrgbd", "train"):
+        pairs = unlisted(root, pairs)
+    print(f"{source} {split}: {count(len(pairs), 'image')}")
+    if len(pairs) < (1 if args.allow_partial else expected):
+        raise ValueError(f"{file}: {count(len(pairs), f'{split} image')} of {expected:,}; complete them"
+                         + ", or give --allow-partial" * (len(pairs) > 0))
+    pictures = DepthPictures(source, split, pairs)
+    refuse_void(pictures)
+    return pictures
+
+
+def read_list(file, root, places):
+    """[(picture, depth map)] of lines 'picture depth-map-or-None [focal length]'. `places`: folders below `root` for
+    pictures, and for depth maps; the first that has the file counts."""
+    pairs, lines = [], Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")     # editors write a BOM
+    for number, names in enumerate(map(str.split, lines.split("\n")), 1):
+        if len(names) == 1:
+            raise ValueError(f"{file}, line {number}: {names[0]!r} names no picture and depth map")
+        if not names or names[1] == "None":
+            continue
+        paths = [[Path(root, folder, name.lstrip("/")) for folder in folders]
+                 for name, folders in zip(names, places, strict=False)]
+        found = [next(filter(Path.is_file, some), None) for some in paths]
+        if None in found:
+            raise FileNotFoundError(f"{file}, line {number}: {paths[found.index(None)][0]}: no such file; complete it")
+        pairs.append(tuple(found))
+    return pairs
+
+
+def unlisted(root, val):
+    """The (picture, depth map) of every SUN RGB-D frame below root/SUNRGBD that is not one of the pairs `val`."""
+    seen, pairs = {os.path.realpath(depth.parent.parent) for _, depth in val}, []
+    for frame, below, _ in os.walk(Path(root, "SUNRGBD"), followlinks=True):
+        real = os.path.realpath(frame)
+        below[:] = sorted(name for name in below if name[0] != "." and real not in seen)    # nor a loop of links
+        seen.add(real)
+        if "depth" in below:
+            images, maps = (sorted(path for path in Path(frame, folder).glob("[!.]*") if path.suffix.lower() == suffix)
+                            for folder, suffix in (("image", ".jpg"), ("depth", ".png")))
+            pairs += [(image, depth) for image in images[:1] for depth in maps]
+    return pairs
+
+
+def refuse_void(pictures):
+    """Without a pixel to learn from, or one to score, hours of training end in nothing. 64 maps or more are read,
+    spread over the split; if all are void, 500. A few void ones do no harm."""
+    source, val, most = pictures.source, pictures.split == "val", MAX_DEPTH[pictures.source]
+    usable = scored if val else lambda depth, _: (depth > 0) & (depth <= most)      # as best_constant takes them
+    some = range(0, len(pictures), math.ceil(len(pictures) / 500))
+    void = [not usable(pictures[i]["depth"], source).any() for i in some[::len(some) // 64 or 1]]
+    if all(void) and not any(usable(pictures[i]["depth"], source).any() for i in some):
+        depth = pictures[0]["depth"]
+        raise ValueError(f"{pictures.pairs[0][1]}: no valid pixel: depths from {depth.min():g} to {depth.max():g} m, "
+                         f"none in (0, {most:g}]" + " inside the window" * val + f"; so all of "
+                         f"{count(len(some), 'depth map')} looked at; take the data set's own files")
+
+
+def count(n, noun):
+    return f"{n:,} {noun}" + "s" * (n != 1)
 
 
 # ------------------------------------------------------------------------------------------- results
-def mean_sd(values):
-    """(mean, sample standard deviation or None of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def show(values):
-    mean, sd = mean_sd(values)
+    mean, sd = checkpoint.mean_sd(values)
     return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
 
@@ -627,68 +474,65 @@ def best_metrics(history):
     seeds, last = range(len(history[0]["rmse"])), history[-1]
     best = [min(history, key=lambda row: row["rmse"][k]) for k in seeds]
     values = {name: [best[k][name][k] for k in seeds] for name in ("rmse", "abs_rel", "d1")}
-    return dict({name: statistics.fmean(value) for name, value in values.items()},
-                rmse_sd=mean_sd(values["rmse"])[1], rmse_last=statistics.fmean(last["rmse"]),
-                **{f"{name}_seeds": value for name, value in values.items()}, rmse_last_seeds=last["rmse"],
-                best_iterations=[row["iteration"] for row in best],
+    values["rmse_last"] = last["rmse"]
+    return dict({name: checkpoint.mean_sd(value)[0] for name, value in values.items()},
+                **{f"{name}_seeds": value for name, value in values.items()},
+                rmse_sd=checkpoint.mean_sd(values["rmse"])[1], best_iterations=[row["iteration"] for row in best],
                 **{name: last[name] for name in ("rmse_constant", "constant", "skipped")})
 
 
-def colour(depth, most):
-    """PIL picture of depths 0..most from dark to bright; black where there is none."""
-    place = (depth / most).clip(0, 1) * (len(VIRIDIS) - 1)
-    rgb = np.stack([np.interp(place, range(len(VIRIDIS)), channel) for channel in VIRIDIS.T], -1)
+def draw_images(file, val, maps, max_depth, width=400, gap=4):
+    """A row for each image: input, label up to `max_depth`, prediction; both depths on the label's scale. A pixel of
+    the label shows the farthest of those below it, or the few that KITTI's laser measured would hardly be seen."""
+    rows = []
+    for i, prediction in enumerate(maps):
+        item = val[i]
+        label = item["depth"].where(item["depth"] <= max_depth, 0)
+        size = width, round(width * label.shape[0] / label.shape[1])
+        farthest = F.adaptive_max_pool2d(label[None], size[::-1])[0]
+        tiles = [Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)]
+        tiles += [colour(x.numpy(), label.max().item()).resize(size, Image.NEAREST) for x in (farthest, prediction)]
+        rows.append(np.hstack([np.pad(tile, ((0, gap), (0, gap), (0, 0)), constant_values=255) for tile in tiles]))
+    Image.fromarray(np.vstack(rows)).save(file)
+    print(f"{file}: {count(len(maps), 'val image')} with label and prediction")
+
+
+def colour(depth, max_depth):
+    """PIL picture of depths 0..max_depth in matplotlib's viridis, dark to bright; black where there is none."""
+    anchors = np.array([[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128],
+                        [94, 201, 98], [173, 220, 48], [253, 231, 37]])                     # at 0, 1/8, ..., 1
+    place = (depth / max_depth).clip(0, 1) * (len(anchors) - 1)
+    rgb = np.stack([np.interp(place, range(len(anchors)), channel) for channel in anchors.T], -1)
     return Image.fromarray(np.where(depth[..., None] > 0, rgb + 0.5, 0).astype(np.uint8))
 
 
-def draw_images(file, val, drawn, most, width=400, gap=4):
-    """A row for each image: input, label up to `most` metres, prediction; both depths on the label's scale. A pixel of
-    the label shows the farthest of those below it, or the few that KITTI's laser measured would hardly be seen."""
-    rows = []
-    for i, guess in enumerate(drawn):
-        pixels, label = val[i]
-        label = label.where(label <= most, 0)
-        size = width, round(width * label.shape[0] / label.shape[1])
-        row = [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)]
-        shown = F.adaptive_max_pool2d(label[None], size[::-1])[0]
-        rows.append(row + [colour(depth.numpy(), label.max().item()).resize(size, Image.Resampling.NEAREST)
-                           for depth in (shown, guess)])
-    sheet, y = Image.new("RGB", (3 * (width + gap), sum(row[0].height + gap for row in rows)), "white"), 0
-    for row in rows:
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (column * (width + gap), y))
-        y += row[0].height + gap
-    sheet.save(file)
-    print(f"{file}: {count(len(drawn), 'val image')} with label and prediction")
-
-
-def evaluate(path, args, device, opened):
-    """The probe of one file of weights: prints it and writes the result beside it. `opened`: data sets by size."""
-    start = time.perf_counter()
-    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
-    size = model.config.image_size if args.data == "shapes" else None
-    if model.config.depth < 4:
-        raise ValueError(f"{path}: {count(model.config.depth, 'block')}, this probe reads four; give a deeper model")
-    if size not in opened:                                          # looking for 24,000 pairs takes a while: once
-        opened[size] = open_data(args, size)
-    train, val, fingerprint = opened[size]
-    protocol = dict(
+def describe(args, config, train, val, size, fingerprint):
+    """The protocol of a result: every value that decides it, apart from seed and weights."""
+    return dict(
         probe="depth", data=args.data, train_on=args.train_on, train=len(train), val=len(val), size=size,
-        fingerprint=fingerprint, partial=args.allow_partial, blocks=four_blocks(model.config.depth), precision=args.amp,
+        fingerprint=fingerprint, partial=args.allow_partial, blocks=four_blocks(config.depth), precision=args.amp,
         feature="patches and [CLS] of each block, no final norm", iters=args.iters, batch_size=args.batch_size,
         crop=args.crop, seeds=args.seeds, bins=BINS, max_depth=MAX_DEPTH[args.data], lr=args.lr,
         optimizer="AdamW 0.9 0.999, weight decay 0.01, gradient norm of a head at most 35",
         schedule="cosine to lr x 1e-8, linear warm-up from 0.001 over the first third",
-        loss="SigLoss, pairs of images, all measured depths", loss_warmup=round(args.iters * 100 / 38_400),
-        eval_every=args.eval_every,
+        loss="SigLoss, pairs of images, all measured depths", loss_warmup=args.loss_warmup, eval_every=args.eval_every,
         augmentation=args.crop and "rotate 2.5 degrees, flip, crop, gamma, brightness, colour; rounded to 8 bits",
         mirrored=args.data != "shapes", cap=CAP.get(args.data), window=WINDOW.get(args.data),
         padding="zeros to whole patches, predictions stretched over the picture",
         reported="best RMSE over evaluations; errors per image at the size of its depth map, then mean over images",
     )
-    config = dataclasses.asdict(model.config)
-    result = dict(probe="depth", data=args.data, root=args.root, **facts, config=config, seed=args.seed, metrics=None,
-                  protocol=protocol)
+
+
+def evaluate(path, args, device, data):
+    """The probe of one file of weights: prints it and writes the result beside it. `data`: open_data by size."""
+    model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
+    size = model.config.image_size if args.data == "shapes" else None
+    if model.config.depth < 4:
+        raise ValueError(f"{path}: {count(model.config.depth, 'block')}, this probe reads four; give a deeper model")
+    train, val, fingerprint = data(size)
+    result = dict(probe="depth", data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config),
+                  seed=args.seed, metrics=None,
+                  protocol=describe(args, model.config, train, val, size, fingerprint))
     default = checkpoint.result_path(path, "depth", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
     heads_file = out.with_suffix(".head.pt")
@@ -696,34 +540,80 @@ def evaluate(path, args, device, opened):
         if args.save_images:
             print(f"{out}: finished earlier, so nothing is drawn; remove it and {heads_file.name} to have pictures")
         return checkpoint.say_finished(out, finished)
-    stamp = dict(protocol, seed=args.seed, which=facts["which"], weights_sha256=facts["weights_sha256"], config=config)
-    history, drawn = train_heads(model, train, val, args, device, heads_file, stamp)
+    stamp = dict(checkpoint.identity(result), weights_sha256=facts["weights_sha256"])
+    history, maps = train_heads(model, train, val, args, device, heads_file, stamp)
 
     metrics = best_metrics(history)
     print(f"{path}: RMSE {show(metrics['rmse_seeds'])} m at the best evaluation, {show(metrics['rmse_last_seeds'])} m "
           f"at the last; abs-rel {show(metrics['abs_rel_seeds'])}, d1 {show(metrics['d1_seeds'])} %; RMSE of "
-          f"{metrics['constant']:.2f} m for every pixel {metrics['rmse_constant']:.3f} m; "
-          + f"± is the spread of {args.seeds} heads on one backbone, not of pretraining; " * (args.seeds > 1)
-          + f"{count(metrics['skipped'], 'image')} without a pixel to score left out; " * (metrics["skipped"] > 0)
-          + f"{time.perf_counter() - start:.0f} s")
-    if drawn:
-        draw_images(out.with_suffix(".png"), val, drawn, MAX_DEPTH[args.data])
-    elif args.save_images:
-        print(f"{heads_file}: finished earlier, so nothing is drawn; remove it to have pictures")
+          f"{metrics['constant']:.2f} m for every pixel {metrics['rmse_constant']:.3f} m"
+          + f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
+          + f"; {count(metrics['skipped'], 'image')} without a pixel to score left out" * (metrics["skipped"] > 0))
+    if maps:
+        draw_images(out.with_suffix(".png"), val, maps, MAX_DEPTH[args.data])
     checkpoint.write_result(out, dict(result, metrics=metrics))
+
+
+# ------------------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    recipe = RECIPES.get(first.parse_known_args(argv)[0].data, {})
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    checkpoint.add_flags(p, "depth")
+    # data
+    p.add_argument("--data", choices=list(RECIPES), default="shapes")
+    p.add_argument("--root", help="; ".join(f"{name}: {layout['tree']}" for name, layout in LAYOUTS.items()))
+    p.add_argument("--train-on", choices=["nyu", "sunrgbd"], help="for --data sunrgbd; default nyu, or all but its val")
+    p.add_argument("--train-root", help="NYU's folder, for --data sunrgbd trained on nyu")
+    p.add_argument("--allow-partial", action="store_true", help="accept fewer images than the data set holds")
+    # heads
+    p.add_argument("--iters", type=int, help="iterations; warm-up and cosine schedule scale with them")
+    p.add_argument("--batch-size", type=int, help="images per iteration")
+    p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="training crop in pixels")
+    p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
+    # run
+    p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1,600 of 38,400")
+    p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
+    p.add_argument("--log-every", type=int, help="iterations between progress lines")
+    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
+                   "prediction of the last evaluation, into <out without .json>.png")
+    p.set_defaults(**recipe)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Refuse what cannot run, in one line and before anything is written; fill in what follows from other values."""
+    if (args.root is None) != (args.data == "shapes"):
+        p.error(f"--data {args.data} needs --root, a folder with {LAYOUTS[args.data]['tree']}" if args.root is None else
+                "--data shapes takes no --root; its scenes are embedded")
+    if args.train_on and args.data != "sunrgbd":
+        p.error(f"--train-on goes with --data sunrgbd; {args.data} trains on its own train split")
+    args.train_on = args.train_on or ("nyu" if args.data == "sunrgbd" else args.data)
+    if (args.train_root is None) != (args.train_on == args.data):
+        p.error(f"--data sunrgbd needs --train-root, a folder with {LAYOUTS['nyu']['tree']}, or --train-on sunrgbd"
+                if args.train_root is None else "--train-root goes with --data sunrgbd trained on nyu")
+    if args.crop and (args.data == "shapes" or min(args.crop) < 1):
+        p.error("--data shapes takes no --crop; its scenes are seen whole" if args.data == "shapes" else
+                f"--crop {args.crop[0]} {args.crop[1]}: must be at least 1")
+    checkpoint.check_flags(p, args, "iters batch_size seeds eval_every save_every log_every", "save_images")
+    args.crop = args.crop and tuple(args.crop)                      # as in RECIPES: the stamp compares them
+    args.eval_every = args.eval_every or max(1, round(args.iters / args.evaluations))
+    args.loss_warmup = round(args.iters * 100 / 38_400)
 
 
 def main(argv=None):
     checkpoint.print_any_path()
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = {}
+    data = functools.cache(lambda size: open_data(args, size))      # looking for 24,000 pairs takes a while: once
     for path in args.weights:
-        try:
-            evaluate(path, args, device, opened)
-        except (ValueError, OSError) as error:                      # of the weights or of a picture, with its name
-            line = str(error).strip().splitlines()[-1]              # a loader process puts its traceback before it
-            sys.exit(line.removeprefix("ValueError: "))
+        with checkpoint.one_line(path):
+            evaluate(path, args, device, data)
 
 
 if __name__ == "__main__":
