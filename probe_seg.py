@@ -33,21 +33,23 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import vit
-from shapes import CLASSES, FINGERPRINT, Shapes
+from shapes import FINGERPRINT, Shapes
 
-# What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it.
+# What --data selects, and what is in it. Shapes are not augmented: one frozen forward is kept, the heads train on it.
 PAPER = dict(iters=40_000, batch_size=16, crop=512, workers=10, save_every=1000, log_every=100)
-RECIPES = {
-    "voc": dict(PAPER, short_side=512),
-    "ade20k": dict(PAPER, short_side=512),
-    "cityscapes": dict(PAPER, short_side=1024),
-    "shapes": dict(iters=1_000, batch_size=16, workers=0, save_every=500, log_every=200),
+RECIPES = {                                                         # aspect: at most so many short sides long
+    "voc": dict(PAPER, short_side=512, aspect=4, classes=21, train=1_464, val=1_449),
+    "ade20k": dict(PAPER, short_side=512, aspect=math.inf, classes=150, train=20_210, val=2_000),
+    "cityscapes": dict(PAPER, short_side=1024, aspect=2, classes=19, train=2_975, val=500),
+    "shapes": dict(iters=1_000, batch_size=16, workers=0, save_every=500, log_every=200, classes=11,
+                   train=2_000, val=1_000),
 }
-LONG_SIDE = {"voc": 4, "cityscapes": 2}                             # at most so many short sides
 STRIDE = 341 / 512                                                  # of a window
 RATE, WEIGHT_DECAY = 1e-3, 1e-4
 WARMUP = 1_500 / 40_000                                             # share of the iterations
 IGNORE = 255                                                        # label of pixels that count nowhere
+PALETTE = np.array([[sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
+                    for k in range(256)], np.uint8)                 # colours of PASCAL VOC
 ORDER, CROP = range(2)                                              # streams of random numbers
 
 
@@ -200,8 +202,7 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
                 views = val if args.data == "shapes" else val_views(model, val, blocks, args, device)
                 confusion = confusion_matrices(heads, checkpoint.until_asked(asked, views))
                 history.append(dict(iteration=done, iou=iou(confusion), constant=constant_miou(confusion[0])))
-                print(f"iteration {done:,}/{args.iters:,}  mIoU {history[-1]['iou'][0].nanmean():.2f}"
-                      + ", first head" * (len(heads) > 1), flush=True)
+                print(f"iteration {done:,}/{args.iters:,}  mIoU {history[-1]['iou'][0].nanmean():.2f}", flush=True)
             ending = asked[:1]                                      # a signal that comes after this counts next time
             if saves or ending:
                 save(done)
@@ -248,8 +249,8 @@ class LabelledPictures:
 
     def __init__(self, pairs, args):
         self.pairs, self.data = pairs, args.data
-        self.table, self.classes = label_table(args.data), len(NAMES[args.data])
-        self.sides = args.short_side * LONG_SIDE.get(args.data, math.inf), args.short_side
+        self.table, self.classes = label_table(args.data), args.classes
+        self.sides = args.aspect * args.short_side, args.short_side
 
     def __len__(self):
         return len(self.pairs)
@@ -260,16 +261,15 @@ class LabelledPictures:
 
     def read(self, i):
         """Picture and classes as large as they are on disk."""
-        (picture, mask), numbers = self.pairs[i], self.label_numbers(i)
-        image = np.array(vit.read_image(picture))
+        picture, mask = self.pairs[i]
+        image, numbers = np.array(vit.read_image(picture)), self.label_numbers(mask)
         if numbers.shape != image.shape[:2]:
             sizes = [f"{x.shape[1]} x {x.shape[0]}" for x in (numbers, image)]
             raise ValueError(f"{mask}: {sizes[0]} pixels, but {picture} has {sizes[1]}; they must be equal")
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(self.table[numbers])
 
-    def label_numbers(self, i):
-        """What label file i holds, uint8 (H, W)."""
-        mask = self.pairs[i][1]
+    def label_numbers(self, mask):
+        """What a label file holds, uint8 (H, W)."""
         try:
             with Image.open(mask) as image:
                 if image.mode not in ("P", "L"):
@@ -293,8 +293,7 @@ class TrainCrops:
     def __getitem__(self, key):
         rng = np.random.default_rng((CROP, self.seed, *key))
         image, label = self.images.read(key[1])
-        sides = np.floor(rng.uniform(0.5, 2) * np.array(self.images.sides))     # whole pixels, as mmcv's
-        size = fit(*label.shape, *sides)
+        size = fit(*label.shape, *np.floor(rng.uniform(0.5, 2) * np.array(self.images.sides)))  # whole sides, as mmcv's
         image, label = resize(image[None], size)[0], F.interpolate(label[None, None], size, mode="nearest")[0, 0]
         top, left = place_crop(label.numpy(), self.size, rng)
         image, label = (x[..., top:top + self.size, left:left + self.size] for x in (image, label))
@@ -344,8 +343,7 @@ def change_hsv(rgb, saturation=1.0, hue=0):
     chroma = value - np.minimum(np.minimum(r, g), b)
     sixth = np.where(value == r, g - b, np.where(value == g, b - r, r - g)) / np.maximum(chroma, 1)
     h = np.floor(30 * (sixth + np.where(value == r, 0, np.where(value == g, 2, 4))) + 0.5) + hue
-    s = np.floor(255 * chroma / np.maximum(value, 1) + 0.5)
-    s = np.floor((s * np.float32(saturation)).clip(0, 255))
+    s = np.floor((np.floor(255 * chroma / np.maximum(value, 1) + 0.5) * np.float32(saturation)).clip(0, 255))
     away = [(n + h % 180 / 30) % 6 for n in (5, 3, 1)]              # how far the hue is from that of r, g, b
     rgb = [value * (1 - s / 255 * np.clip(np.minimum(k, 4 - k), 0, 1)) for k in away]
     return np.round(np.stack(rgb, -1)).astype(np.uint8)
@@ -357,26 +355,14 @@ def batch_order(n, args, start):
     def order(epoch):
         return np.random.default_rng((ORDER, args.seed, epoch)).permutation(n).tolist()
     for t in range(start, args.iters):
-        places = range(t * args.batch_size, (t + 1) * args.batch_size)
-        yield [(place // n, order(place // n)[place % n]) for place in places]
+        yield [(at // n, order(at // n)[at % n]) for at in range(t * args.batch_size, (t + 1) * args.batch_size)]
 
 
-NAMES = {
-    "voc": "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-           "pottedplant sheep sofa train tvmonitor".split(),
-    "ade20k": [str(k) for k in range(1, 151)],                      # as its own objectInfo150.txt numbers them
-    "cityscapes": "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, "
-                  "person, rider, car, truck, bus, train, motorcycle, bicycle".split(", "),
-    "shapes": ["background", *CLASSES],
-}
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)     # of NAMES, in order
 TREE = {
     "voc": "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val}.txt}",
     "ade20k": "ADEChallengeData2016/{images/*.jpg, annotations/*.png}, each below training/ and validation/",
     "cityscapes": "leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and gtFine/.../*_gtFine_labelIds.png",
 }
-EXPECTED = {"voc": {"train": 1_464, "val": 1_449}, "ade20k": {"train": 20_210, "val": 2_000},
-            "cityscapes": {"train": 2_975, "val": 500}}
 
 
 def label_table(data):
@@ -386,47 +372,39 @@ def label_table(data):
         table[:] = [IGNORE, *range(254), IGNORE]                    # 0 is "other"
     if data == "cityscapes":
         table[[*range(34), 255]] = IGNORE                           # no other number is in its files
-        table[list(CITYSCAPES_IDS)] = range(len(CITYSCAPES_IDS))
+        table[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = range(19)       # road, sidewalk ... bicycle
     return table
 
 
-def list_voc(root, split, names):
-    """Of the split, or of the file `names`, whose labels may be those of SBD."""
+def list_pairs(data, root, split, names):
+    """[(picture, label file)] without what macOS and others leave beside them: ._a.jpg, .cache/. `names`: --voc-list"""
+    if data == "ade20k":
+        folder, name = root / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
+        return [(path, folder / "annotations" / name / f"{path.stem}.png")
+                for path in sorted((folder / "images" / name).iterdir())
+                if path.suffix.lower() in (".jpg", ".jpeg") and not path.name.startswith(".")]
+    if data == "cityscapes":
+        return [(path, root / "gtFine" / split / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
+                for path in sorted((root / "leftImg8bit" / split).glob("[!.]*/[!.]*_leftImg8bit.png"))]
     folder, pairs = root / "VOCdevkit/VOC2012", []
     file = Path(names or folder / f"ImageSets/Segmentation/{split}.txt")
-    kinds = ["SegmentationClassAug", "SegmentationClass"] if names else ["SegmentationClass"]
     for n, line in enumerate(file.read_text("utf-8-sig", "surrogateescape").split("\n"), 1):
         stems = {os.path.basename(word).removesuffix(".jpg").removesuffix(".png") for word in line.split()}
         if len(stems) > 1:
-            raise ValueError(f"{file}: line {n}: {line.strip()}: not the name of one image, as 2007_000032, or its "
-                             "picture and its label, as JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png")
+            raise ValueError(f"{file}: line {n}: {line.strip()}: not the name of one image, as 2007_000032")
         for name in stems:                                          # none in an empty line
-            masks = [folder / kind / f"{name}.png" for kind in kinds]
-            mask = next((path for path in masks if path.is_file()), masks[-1])
-            pairs.append((folder / f"JPEGImages/{name}.jpg", mask))
+            more, mask = (folder / kind / f"{name}.png" for kind in ("SegmentationClassAug", "SegmentationClass"))
+            pairs.append((folder / f"JPEGImages/{name}.jpg", more if names and more.is_file() else mask))
             for path in pairs[-1]:
                 if not path.is_file():
                     raise ValueError(f"{file}: line {n}: {name}: no file {path}; complete the data, or mend the list")
     return pairs
 
 
-def list_pairs(data, root, split, names):
-    """[(picture, label file)] in order, without what macOS and others leave beside the data: ._a.jpg, .cache/."""
-    if data == "voc":
-        return list_voc(root, split, names)
-    if data == "ade20k":
-        folder, name = root / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
-        return [(path, folder / "annotations" / name / f"{path.stem}.png")
-                for path in sorted((folder / "images" / name).iterdir())
-                if path.suffix.lower() in (".jpg", ".jpeg") and not path.name.startswith(".")]
-    return [(path, root / "gtFine" / split / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
-            for path in sorted((root / "leftImg8bit" / split).glob("[!.]*/[!.]*_leftImg8bit.png"))]
-
-
 def open_data(args, size):
     """(train, val, fingerprint): data sets of dict(image, mask), as of Shapes."""
     if args.data == "shapes":
-        return Shapes("train", size, 2000), Shapes("val", size, 1000), FINGERPRINT      # train: what train.py saw
+        return Shapes("train", size, args.train), Shapes("val", size, args.val), FINGERPRINT
     train, val = (open_split(split, args) for split in ("train", "val"))
     refuse_trained_on(args.voc_list or args.root, train.pairs, val.pairs)
     pictures, masks = zip(*train.pairs, *val.pairs, strict=True)
@@ -446,8 +424,8 @@ def open_split(split, args):
     for picture, mask in pairs:
         if not mask.is_file():
             raise ValueError(f"{picture}: its label {mask} is missing; complete the data, or remove the picture")
-    print(f"{args.data} {split}: {len(pairs):,} images, {len(NAMES[args.data])} classes")
-    expected = len(pairs) if names else EXPECTED[args.data][split]
+    print(f"{args.data} {split}: {len(pairs):,} images, {args.classes} classes")
+    expected = len(pairs) if names else RECIPES[args.data][split]
     if len(pairs) < expected and not args.allow_partial:
         sys.exit(f"{args.root}: {len(pairs):,} {split} images of {expected:,}; complete it, or give --allow-partial")
     images = LabelledPictures(pairs, args)
@@ -469,7 +447,7 @@ def refuse_wrong_labels(images, split):
     """Labels that are no labels are refused before hours of training: some 64 maps tell, or all if these are void."""
     n, (_, first) = len(images), images.pairs[0]
     for step in (math.ceil(n / 64), 1):
-        count = sum(np.bincount(images.label_numbers(i).ravel(), minlength=256) for i in range(0, n, step))
+        count = sum(np.bincount(images.label_numbers(mask).ravel(), minlength=256) for _, mask in images.pairs[::step])
         if (images.table[count > 0] != IGNORE).any():
             break
     else:
@@ -488,10 +466,10 @@ def head_metrics(ious):
     """Result of the heads that differ in the seed alone, of their IoU (E, S, C): each seed's best evaluation counts."""
     miou = ious.nanmean(-1)                                         # (E, S)
     best, best_at = miou.max(0)
-    per_class = ious[best_at, torch.arange(len(best_at))].nanmean(0).tolist()
     (mean, sd), (mean_last, sd_last) = map(checkpoint.mean_sd, (best.tolist(), miou[-1].tolist()))
+    by_class = ious[best_at, range(len(best_at))].nanmean(0).tolist()
     return dict(miou=mean, miou_sd=sd, miou_seeds=best.tolist(), miou_last=mean_last, miou_last_sd=sd_last,
-                miou_last_seeds=miou[-1].tolist(), iou=[None if math.isnan(value) else value for value in per_class])
+                miou_last_seeds=miou[-1].tolist(), iou=[None if math.isnan(x) else x for x in by_class])
 
 
 def summarize(history, kinds, args):
@@ -502,36 +480,20 @@ def summarize(history, kinds, args):
     return dict(head_metrics(ious[:, 0]), miou_constant=history[-1]["constant"], heads=heads)
 
 
-def report(path, metrics, args):
-    """Prints what the JSON line holds."""
-    for head in metrics["heads"]:
-        print(f"block {head['block']}{', [CLS] beside' * head['concat_cls']}: mIoU {show(head['miou_seeds'])} at the "
-              f"best evaluation, {show(head['miou_last_seeds'])} at the last")
-    print("IoU at the best: " + ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}"
-                                          for name, value in zip(NAMES[args.data], metrics["iou"], strict=True)))
-    print(f"{path}: mIoU {show(metrics['miou_seeds'])}; {metrics['miou_constant']:.2f} % of the most frequent class "
-          f"everywhere{f'; ± is over {args.seeds} heads on one backbone, not of pretraining' * (args.seeds > 1)}")
-
-
 def describe(args, config, train, val, fingerprint, block, concat_cls):
     """Every value that decides the headline. The other heads are not among them: each trains for itself."""
     return dict(
-        probe="seg", data=args.data, fingerprint=fingerprint, train=len(train), val=len(val),
-        classes=len(NAMES[args.data]), partial=args.allow_partial,
-        train_list=os.path.basename(args.voc_list or "train"), feature="patches, final norm", block=block,
-        concat_cls=concat_cls, crop=args.crop or config.image_size, stride=args.stride, short_side=args.short_side,
-        long_side=args.short_side * LONG_SIDE[args.data] if args.data in LONG_SIDE else None, iters=args.iters,
-        batch_size=args.batch_size, seeds=args.seeds,
-        head="BatchNorm, 1x1 convolution", optimizer="AdamW 0.9 0.999", lr=RATE, weight_decay=WEIGHT_DECAY,
-        schedule="linear to 0, warm-up from 1e-6", warmup=round(args.iters * WARMUP), loss="cross-entropy / all pixels",
+        probe="seg", data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=args.classes,
+        partial=args.allow_partial, train_list=os.path.basename(args.voc_list or "train"),
+        feature="patches, final norm", block=block, concat_cls=concat_cls, crop=args.crop or config.image_size,
+        stride=args.stride, short_side=args.short_side,
+        long_side=args.aspect * args.short_side if args.data in ("voc", "cityscapes") else None, iters=args.iters,
+        batch_size=args.batch_size, seeds=args.seeds, head="BatchNorm, 1x1 convolution", lr=RATE,
+        optimizer="AdamW 0.9 0.999", weight_decay=WEIGHT_DECAY, schedule="linear to 0, warm-up from 1e-6",
+        warmup=round(args.iters * WARMUP), loss="cross-entropy / all pixels", ignore=IGNORE, precision=args.amp,
         augmentation="none" if args.data == "shapes" else "resize 0.5-2, crop 0.75, flip 0.5, photometric",
-        ignore=IGNORE, label_resolution="original", padding="to whole patches, zeros around", precision=args.amp,
-        eval_every=args.eval_every, reported="best over evaluations, of each head seed",
-    )
-
-
-PALETTE = np.array([[sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
-                    for k in range(256)], np.uint8)                 # PASCAL VOC's
+        label_resolution="original", padding="to whole patches, zeros around", eval_every=args.eval_every,
+        reported="best over evaluations, of each head seed")
 
 
 def draw_images(file, head, views, count, width=256):
@@ -547,21 +509,18 @@ def draw_images(file, head, views, count, width=256):
         if len(rows) >= count:
             break
     Image.fromarray(np.vstack(rows[:count])).save(file)
-    print(f"{file}: {len(rows[:count])} val images, each with label and prediction")
 
 
 def evaluate(path, args, device, data):
     """The probe of one file of weights: prints it and writes the result beside it. `data`: open_data by size."""
-    start = time.perf_counter()
     model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     config = model.config
     blocks = sorted({model.index(block) for block in args.blocks or range(config.depth)})
     concats = {"no": [False], "yes": [True], "both": [False, True]}[args.concat_cls]
     kinds = [(block, concat) for block in reversed(blocks) for concat in concats]   # the first one is the headline
     train, val, fingerprint = data(config.image_size if args.data == "shapes" else None)
-    protocol = describe(args, config, train, val, fingerprint, *kinds[0])
     result = dict(probe="seg", data=args.data, root=args.root, **facts, config=dataclasses.asdict(config),
-                  seed=args.seed, metrics=None, protocol=protocol)
+                  seed=args.seed, metrics=None, protocol=describe(args, config, train, val, fingerprint, *kinds[0]))
     default = checkpoint.result_path(path, "seg", args.data, config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
     there = {(head["block"], head["concat_cls"]) for head in finished["metrics"]["heads"]} if finished else set()
@@ -572,13 +531,16 @@ def evaluate(path, args, device, data):
             print(f"{out}: no pictures drawn, nothing is evaluated again; remove it to draw them")
         return checkpoint.say_finished(out, finished)
     stamp = dict(checkpoint.identity(result), heads=kinds, weights_sha256=facts["weights_sha256"])
-    heads = nn.ModuleList(Head(*kind, seed, config.dim, len(NAMES[args.data])) for kind in kinds
+    heads = nn.ModuleList(Head(*kind, seed, config.dim, args.classes) for kind in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)
     history = train_heads(model, train, val, heads, args, device, out.with_suffix(".head.pt"), stamp)
 
     metrics = summarize(history, kinds, args)
-    report(path, metrics, args)
-    print(f"{time.perf_counter() - start:.0f} s")
+    for head in metrics["heads"]:
+        print(f"block {head['block']}{', [CLS] beside' * head['concat_cls']}: mIoU {show(head['miou_seeds'])} at the "
+              f"best evaluation, {show(head['miou_last_seeds'])} at the last")
+    print(f"{path}: mIoU {show(metrics['miou_seeds'])}; {metrics['miou_constant']:.2f} % of the most frequent class "
+          "everywhere" + f"; ± is over {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
     if args.save_images:
         views = val_views(model, val, [heads[0].block], args, device)
         draw_images(out.with_suffix(".png"), heads[0], views, args.save_images)
@@ -640,8 +602,7 @@ def check_args(p, args):
             p.error(f"--stride {args.stride}: must be at most --crop {args.crop}, or pixels are missed")
         if args.short_side < 2:                                     # half of it is the smallest picture in training
             p.error(f"--short-side {args.short_side}: must be at least 2")
-    if args.eval_every is None:
-        args.eval_every = max(1, round(args.iters / 8))
+    args.eval_every = max(1, round(args.iters / 8)) if args.eval_every is None else args.eval_every
     checkpoint.check_flags(p, args, "iters batch_size crop stride seeds eval_every save_every log_every", "save_images")
 
 
