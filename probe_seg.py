@@ -342,7 +342,7 @@ def change_hsv(rgb, saturation=1.0, hue=0):
     value = np.maximum(np.maximum(r, g), b)
     chroma = value - np.minimum(np.minimum(r, g), b)
     sixth = np.where(value == r, g - b, np.where(value == g, b - r, r - g)) / np.maximum(chroma, 1)
-    h = np.floor(30 * (sixth + np.where(value == r, 0, np.where(value == g, 2, 4))) + 0.5) + hue
+    h = (np.floor(30 * (sixth + np.where(value == r, 0, np.where(value == g, 2, 4))) + 0.5) + hue).astype(np.float32)
     s = np.floor((np.floor(255 * chroma / np.maximum(value, 1) + 0.5) * np.float32(saturation)).clip(0, 255))
     away = [(n + h % 180 / 30) % 6 for n in (5, 3, 1)]              # how far the hue is from that of r, g, b
     rgb = [value * (1 - s / 255 * np.clip(np.minimum(k, 4 - k), 0, 1)) for k in away]
