@@ -219,23 +219,29 @@ def bilinear_by_hand(image, size):
 @pytest.mark.parametrize("size", [(9, 7), (31, 29)])
 def test_resize_equals_four_neighbours_by_hand(size):
     image = np.random.default_rng(0).integers(0, 256, (15, 20, 3)).astype(np.uint8)
-    ours = probe_seg.resize(torch.from_numpy(image).permute(2, 0, 1), size).permute(1, 2, 0).numpy()
+    ours = probe_seg.resize(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
     assert np.abs(ours - bilinear_by_hand(image.astype(float), size)).max() <= TWO_ROUNDINGS
 
 
-def test_hsv_equals_colorsys_and_comes_back():
-    """What is rounded to 8 bits may be half a step off, the hue also around the circle."""
-    rng = np.random.default_rng(0)
+def in_eight_bits(value):
+    """Rounded, half up; None where float errors of colorsys could decide."""
+    return None if abs(value % 1 - 0.5) < 1e-3 else int(value + 0.5)
+
+
+@pytest.mark.parametrize("saturation, hue", [(1.0, 0), (0.6, 0), (1.5, 0), (1.0, -18), (1.0, 17)])
+def test_hue_and_saturation_equal_colorsys_in_eight_bits(saturation, hue):
+    rng, checked = np.random.default_rng(0), 0
     rgb = np.concatenate([rng.integers(0, 256, (3000, 3)), np.repeat(rng.integers(0, 256, (50, 1)), 3, 1),
                           [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 0, 1], [255, 255, 0], [9, 9, 8]]])
-    hsv = probe_seg.rgb_to_hsv(rgb.astype(np.uint8))
-    expected = [(180 * h, 255 * s, 255 * v) for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in rgb / 255)]
-    difference = np.abs(hsv - np.array(expected))
-    difference[:, 0] = np.minimum(difference[:, 0], 180 - difference[:, 0])
-    assert difference.max() <= 0.5 + 1e-3 and hsv[:, 0].max() == 179
-    hsv = np.stack([rng.integers(0, top, 3000) for top in (180, 256, 256)], -1).astype(np.uint8)
-    expected = [[255 * c for c in colorsys.hsv_to_rgb(h / 180, s / 255, v / 255)] for h, s, v in hsv.tolist()]
-    assert np.abs(probe_seg.hsv_to_rgb(hsv) - np.array(expected)).max() <= 0.5 + 1e-3
+    for before, after in zip(rgb, probe_seg.change_hsv(rgb.astype(np.uint8), saturation, hue), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*before / 255)
+        h, s = in_eight_bits(180 * h), in_eight_bits(255 * s)
+        if h is not None and s is not None:
+            s = min(int(s * np.float32(saturation)), 255)
+            expected = [255 * c for c in colorsys.hsv_to_rgb((h + hue) % 180 / 180, s / 255, v)]
+            assert np.abs(after - np.array(expected)).max() <= 0.5 + 1e-3, before
+            checked += 1
+    assert checked > 0.95 * len(rgb)
 
 
 class Script:
@@ -296,6 +302,18 @@ def test_crops_avoid_a_class_that_fills_three_quarters():
     assert probe_seg.place_crop(np.zeros((15, 64), np.uint8), 20, rng)[0] == 0      # smaller than the crop, one class
 
 
+def as_drawn(crop):
+    """(uint8 picture, label) of a crop without what is filled up, which must be 0 and IGNORE."""
+    image, label = crop
+    assert image.dtype == torch.float32 and label.dtype == torch.uint8 and image.shape[1:] == label.shape
+    there = (image != 0).any(0)
+    height, width = int(there.any(1).sum()), int(there.any(0).sum())
+    assert not there[height:].any() and not there[:, width:].any()
+    assert (label[height:] == IGNORE).all() and (label[:, width:] == IGNORE).all()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vit.MEAN, vit.STD))
+    return ((image * std + mean) * 255).round().to(torch.uint8)[:, :height, :width], label[:height, :width]
+
+
 def test_a_crop_is_the_resized_flipped_picture_with_its_label_and_the_rest_is_filled(tmp_path, monkeypatch):
     """Picture = label in colour: after resize, crop and flip the two must still lie on each other."""
     colour = np.array([[10, 0, 0], [0, 120, 0], [0, 0, 240]], np.uint8)
@@ -307,15 +325,12 @@ def test_a_crop_is_the_resized_flipped_picture_with_its_label_and_the_rest_is_fi
     mask(folder / "SegmentationClass/2007_train0.png", ids, palette=True)
     Image.fromarray(colour[np.minimum(ids, 2)]).save(folder / "JPEGImages/2007_train0.jpg", "png")
     train, _ = opened("voc", tmp_path)
-    crops = probe_seg.Crops(train, 64, seed=0)
+    crops = probe_seg.TrainCrops(train, 64, seed=0)
     flips, sizes = set(), set()
     for epoch in range(60):
-        image, label, size = crops[epoch, 0]
-        height, width = size.tolist()
-        assert image.shape == (3, 64, 64) and label.shape == (64, 64) and image.dtype == label.dtype == torch.uint8
-        assert (label[height:] == IGNORE).all() and (label[:, width:] == IGNORE).all()
-        assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
-        view, classes = image[:, :height, :width].permute(1, 2, 0), label[:height, :width]
+        assert crops[epoch, 0][0].shape == (3, 64, 64)
+        view, classes = as_drawn(crops[epoch, 0])
+        (height, width), view = classes.shape, view.permute(1, 2, 0)
         kept = classes != IGNORE
         off = (view[kept].int() - torch.from_numpy(colour)[classes[kept].long()].int()).abs().amax(-1) > 2
         assert off.float().mean() < 0.15                            # but where bilinear meets nearest, along two edges
@@ -331,15 +346,14 @@ def test_a_crop_larger_than_the_picture_holds_all_of_it(tmp_path, monkeypatch):
     OpenCV's nearest takes, which is not the one under the centre; or mirrored."""
     monkeypatch.setattr(probe_seg, "distort", lambda rgb, rng: rgb)
     train, _ = opened("voc", draw_voc(tmp_path))
-    crops, mirrored, ratios = probe_seg.Crops(train, 200, seed=0), [], []
+    crops, mirrored, ratios = probe_seg.TrainCrops(train, 200, seed=0), [], []
     for epoch in range(12):
-        image, label, size = crops[epoch, 0]
-        (h, w), (H, W) = size.tolist(), SIZES[0][::-1]
+        view, classes = as_drawn(crops[epoch, 0])
+        (h, w), (H, W) = classes.shape, SIZES[0][::-1]
         source, ids = train.read(0)
         assert h == int(40 * np.random.default_rng((1, 0, epoch, 0)).uniform(0.5, 2))       # of mmcv, which truncates
         rows, columns = [int(i * np.float32(H / h)) for i in range(h)], [int(j * np.float32(W / w)) for j in range(w)]
         expected = ids[rows][:, columns]
-        view, classes = image[:, :h, :w], label[:h, :w]
         mirrored.append(not torch.equal(classes, expected))
         if mirrored[-1]:
             view, classes = view.flip(-1), classes.flip(-1)
@@ -353,22 +367,14 @@ def test_a_crop_larger_than_the_picture_holds_all_of_it(tmp_path, monkeypatch):
 
 def test_crops_are_a_function_of_seed_epoch_and_index(tmp_path):
     train, _ = opened("voc", draw_voc(tmp_path))
-    crops = probe_seg.Crops(train, 32, seed=0)
+    crops = probe_seg.TrainCrops(train, 32, seed=0)
     torch.manual_seed(0)
     first = [crops[0, i] for i in range(4)]
     torch.manual_seed(1)
     again = [crops[0, i] for i in reversed(range(4))][::-1]
     assert all(torch.equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b, strict=True))
-    for other in (crops[1, 0], probe_seg.Crops(train, 32, seed=1)[0, 0]):
+    for other in (crops[1, 0], probe_seg.TrainCrops(train, 32, seed=1)[0, 0]):
         assert not torch.equal(first[0][0], other[0])
-
-
-def test_the_padded_part_is_zero_after_normalisation():
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    x = probe_seg.fill(images, torch.tensor([[8, 8], [3, 5]]))
-    assert torch.equal(x[0], vit.normalize(images[0]))
-    assert torch.equal(x[1, :, :3, :5], vit.normalize(images[1])[:, :3, :5])
-    assert (x[1, :, 3:] == 0).all() and (x[1, :, :, 5:] == 0).all()
 
 
 # ---- schedule, loss, head -------------------------------------------------------------------------------------------
@@ -427,14 +433,13 @@ def lerp_map(values, size):
     return bilinear_by_hand(stacked, size)[..., 0]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 32])
-def test_sliding_prediction_equals_a_plain_loop(chunk):
+def test_sliding_prediction_equals_a_plain_loop():
     """Picture 20 x 30, windows of 16 every 11 (2 x 3, overlapping), patch grid 2 x 2, label 25 x 33."""
     corners = windows(20, 30, 16, 11)
     assert len(corners) == 6
     features = {0: (torch.randn(6, 4), torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(0)))}
     head = Head(0, False, seed=0, dim=4, classes=3).eval()
-    ours = predict(head, features, (corners, (16, 16)), (20, 30), (25, 33), chunk)
+    ours = predict(head, features, corners, (16, 16), (20, 30), (25, 33))
     logits = head(features).detach().double().numpy()
     total, count = np.zeros((3, 20, 30)), np.zeros((20, 30))
     for n, (top, left) in enumerate(corners):
@@ -449,9 +454,9 @@ def test_sliding_prediction_equals_a_plain_loop(chunk):
 def test_a_batch_of_pictures_is_predicted_as_one_by_one():
     head, corners = Head(0, True, seed=0, dim=4, classes=3).eval(), [(0, 0), (0, 4)]
     cls, patches = torch.randn(2, 5, 4), torch.randn(2, 5, 4, 2, 2)       # 2 windows of 5 pictures
-    together = predict(head, {0: (cls.flatten(0, 1), patches.flatten(0, 1))}, (corners, (8, 8)), (8, 12), (8, 12))
+    together = predict(head, {0: (cls.flatten(0, 1), patches.flatten(0, 1))}, corners, (8, 8), (8, 12), (8, 12))
     for i in range(5):
-        alone = predict(head, {0: (cls[:, i], patches[:, i])}, (corners, (8, 8)), (8, 12), (8, 12))
+        alone = predict(head, {0: (cls[:, i], patches[:, i])}, corners, (8, 8), (8, 12), (8, 12))
         assert torch.equal(together[i], alone[0])
 
 
@@ -485,7 +490,7 @@ def identity_head(classes):
     return head
 
 
-def test_score_equals_sets_of_pixels_and_keeps_the_first_pictures():
+def test_confusion_equals_sets_of_pixels():
     generator = torch.Generator().manual_seed(0)
     heads = torch.nn.ModuleList([identity_head(5), Head(0, False, 1, 5, 5)])
     views, truth = [], []
@@ -494,14 +499,12 @@ def test_score_equals_sets_of_pixels_and_keeps_the_first_pictures():
         label[torch.rand(size, generator=generator) < 0.3] = IGNORE
         patches = torch.randn(1, 5, *size, generator=generator)
         patches[:, 4] = -9                                          # never predicted, never a label
-        views.append((torch.zeros(1, 3, *size), label[None], ([(0, 0)], size), {0: (torch.zeros(1, 5), patches)}))
+        views.append((torch.zeros(1, 3, *size), label[None], [(0, 0)], size, {0: (torch.zeros(1, 5), patches)}))
         truth.append((label, patches[0].argmax(0)))
-    confusion, pictures = probe_seg.score(heads, views, 2)
+    confusion = probe_seg.confusion_matrices(heads, views)
     assert confusion.dtype == torch.int64 and confusion[0].sum() == sum((label != IGNORE).sum() for label, _ in truth)
     expected = miou_by_hand(*zip(*truth, strict=True), 5)
     assert probe_seg.iou(confusion)[0].tolist() == pytest.approx(expected, nan_ok=True) and math.isnan(expected[4])
-    assert len(pictures) == 2 and all(torch.equal(kept[2], guess) for kept, (_, guess) in zip(pictures, truth,
-                                                                                             strict=False))
 
 
 def test_each_seed_counts_with_its_own_best_evaluation():
@@ -523,7 +526,7 @@ class Cells:
 
     shuffled = False
 
-    def __init__(self, split, size):
+    def __init__(self, split, size, length):
         rng = np.random.default_rng(len(split))
         classes = rng.integers(0, 11, (40, 4, 4)).astype(np.uint8)
         shown = rng.permutation(classes.ravel()).reshape(classes.shape) if self.shuffled else classes
@@ -535,7 +538,7 @@ class Cells:
         return 40
 
     def __getitem__(self, i):
-        return self.images[i], self.labels[i]
+        return dict(image=self.images[i], mask=self.labels[i])
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -546,7 +549,7 @@ def test_planted_features_are_found_and_shuffled_ones_are_chance(monkeypatch, ch
         return {block: (torch.zeros(len(images), 24), patches) for block in blocks}
 
     monkeypatch.setattr(Cells, "shuffled", shuffled)
-    monkeypatch.setattr(probe_seg, "Scenes", Cells)
+    monkeypatch.setattr(probe_seg, "Shapes", Cells)
     monkeypatch.setattr(probe_seg, "frozen", one_hot)
     probe_seg.main(["--weights", checkpoint, "--iters", "200"])
     miou = result(capsys, tmp_path / "tiny.seg.shapes.json")["metrics"]["miou"]
@@ -719,7 +722,7 @@ def test_the_defaults_are_the_protocol(tmp_path, checkpoint, monkeypatch, data):
 
     if data != "shapes":
         counts = {split: PROTOCOL[data][split] for split in ("train", "val")}
-        assert probe_seg.EXPECTED[data] == counts
+        assert {split: probe_seg.RECIPES[data][split] for split in counts} == counts
         monkeypatch.setattr(probe_seg, "open_data", lambda args, size: (*(Full([0] * n) for n in counts.values()), "f"))
     monkeypatch.setattr(disk, "claim", claim)
     with pytest.raises(SystemExit, match="seen"):
@@ -844,12 +847,12 @@ def test_a_head_does_not_depend_on_the_heads_beside_it(few_scenes, tmp_path, che
 def test_head_seed_k_is_the_only_head_of_its_own_seed(few_scenes, tmp_path, checkpoint, capsys, monkeypatch):
     """The order of images belongs to --seed; with that held, seeds 4 and 5 are those two heads alone."""
     _, both = run(capsys, tmp_path, checkpoint, "shapes", "--seed", "4", "--seeds", "2")
-    draws = probe_seg.Draws.__init__
+    order = probe_seg.batch_order
 
-    def seed_four(self, n, args, start):
-        draws(self, n, probe_seg.argparse.Namespace(**vars(args) | {"seed": 4}), start)
+    def of_seed_four(n, args, start):
+        return order(n, probe_seg.argparse.Namespace(**vars(args) | {"seed": 4}), start)
 
-    monkeypatch.setattr(probe_seg.Draws, "__init__", seed_four)
+    monkeypatch.setattr(probe_seg, "batch_order", of_seed_four)
     for k, seed in enumerate("45"):
         _, alone = run(capsys, tmp_path, checkpoint, "shapes", "--seed", seed, out=f"alone{seed}")
         assert all(torch.equal(value, both["heads"][name.replace("0.", f"{k}.", 1)])
@@ -1007,12 +1010,15 @@ def test_every_evaluation_happens_once_and_the_end_is_evaluated(few_scenes, tmp_
 
 
 def test_saved_pictures_show_input_label_and_prediction(tmp_path, checkpoint, capsys):
-    palette = probe_seg.colours()
+    palette = probe_seg.PALETTE
     known = {0: (0, 0, 0), 1: (128, 0, 0), 3: (128, 128, 0), 20: (0, 64, 128), 255: (224, 224, 192)}     # VOC's own
     assert all(tuple(palette[k]) == colour for k, colour in known.items())
     label, guess = torch.tensor([[1, 255], [3, 0]]), torch.tensor([[1, 20], [3, 0]])
     image = torch.tensor([[[9, 8], [7, 6]]] * 3, dtype=torch.uint8)
-    probe_seg.draw_images(tmp_path / "a.png", [(image, label, guess)] * 2)
+    patches = F.one_hot(guess, 21).permute(2, 0, 1).float()
+    views = [(torch.stack([image] * 2), torch.stack([label] * 2), [(0, 0)], (2, 2),
+              {0: (torch.zeros(2, 21), torch.stack([patches] * 2))})] * 2
+    probe_seg.draw_images(tmp_path / "a.png", identity_head(21), views, 2)
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     half = sheet.shape[0] // 2
     assert np.array_equal(sheet[:half], sheet[half:]) and sheet.shape[1] == 3 * half
@@ -1030,7 +1036,7 @@ def test_saved_pictures_are_the_first_of_val(tmp_path, checkpoint, capsys):
             ids = np.full(SIZES[i][::-1], i + 5 * (split == "val"), np.uint8)
             mask(voc(root, f"SegmentationClass/2007_{split}{i}.png"), ids, palette=True)
     run(capsys, tmp_path, checkpoint, "voc", "--save-images", "2")
-    sheet, palette = np.asarray(Image.open(tmp_path / "out.png")).astype(int), probe_seg.colours()
+    sheet, palette = np.asarray(Image.open(tmp_path / "out.png")).astype(int), probe_seg.PALETTE
     heights = [round(256 * 40 / 50) + 4, round(256 * 40 / 66) + 4]  # of pictures at a short side of 40
     assert sheet.shape == (sum(heights), 3 * 260, 3)
     for i, row in enumerate((heights[0] // 2, heights[0] + heights[1] // 2)):
@@ -1071,23 +1077,18 @@ def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, ca
 
 @pytest.mark.parametrize("flags, message", [
     ("--weights random --root pictures", "--data shapes takes no --root"),
-    ("--weights random --data voc", "--data voc needs --root"),
-    ("--weights random --data coco", "invalid choice: 'coco'"),
     ("--weights random --crop 96", "--data shapes takes no --crop"),
     ("--weights random --voc-list a.txt", "--voc-list goes with --data voc"),
-    ("--weights random --blocks 1 last", "--blocks 1 last"),
     ("--weights a.pt --like b.pt", "--like goes with --weights random"),
     ("--weights a.pt b.pt --out c.json", "--out names one file"),
-    ("--weights random --iters 0", "--iters 0"),
     ("--weights random --eval-every 0", "--eval-every 0"),
     ("--weights random --data voc --root . --stride 0", "--stride 0"),
     ("--weights random --data voc --root . --stride 400 --crop 300", "--stride 400"),
-    ("--weights random --seed -1", "--seed -1"),
     ("--weights random --heads 0", "--heads 0: must be at least 1"),
     ("--weights random --data voc --root . --short-side 1", "--short-side 1: must be at least 2"),
-    ("", "required: --weights"),
 ])
 def test_usage_errors(capsys, flags, message):
+    """Those of all probes: tests/test_hostile.py."""
     status, line = exits(capsys, *flags.split())
     assert status == 2 and message in line and "error: " in line
 
@@ -1287,13 +1288,6 @@ def test_files_that_are_no_data_are_passed_over_and_those_that_are_are_not(tmp_p
     (city / "ulm/._ulm_000000_000019_leftImg8bit.png").write_bytes(b"macOS")
     shutil.copytree(city / "aachen", city / ".cache")
     assert [len(split) for split in opened("cityscapes", tmp_path)] == [4, 3]
-
-
-def test_one_value_per_channel_is_refused_before_training(tmp_path, capsys, checkpoint):
-    where = ["--weights", checkpoint, "--data", "voc", "--root", draw_voc(tmp_path / "root"), *SMALL, "--crop", "8"]
-    status, line = exits(capsys, *where, "--batch-size", "1")
-    assert status == 1 and line.startswith("--crop 8 --batch-size 1: one patch of 8 pixels, and BatchNorm needs two")
-    probe_seg.main([*map(str, where), "--batch-size", "2"])
 
 
 @pytest.mark.parametrize("data, counts", [("voc", "4 train images of 1,464"), ("ade20k", "4 train images of 20,210"),
