@@ -970,6 +970,9 @@ def test_results_of_other_blocks_do_not_meet(few_scenes, tmp_path, checkpoint, c
     assert not read and [head["block"] for head in both["metrics"]["heads"]] == [0, 1]
     assert both["metrics"]["miou"] == last["metrics"]["miou"]
     assert probe("--blocks", "-1") == (both, True)                  # all of it, and more
+    status, line = exits(capsys, "--weights", checkpoint, *"--iters 4 --batch-size 2 --eval-every 2".split(),
+                         "--concat-cls", "both")                    # one of its heads, and another
+    assert status == 1 and "holds heads of other blocks, which would be lost" in line
 
 
 def test_pictures_of_a_finished_probe(few_scenes, tmp_path, checkpoint, capsys):
