@@ -351,6 +351,12 @@ def result_path(weights, probe, data, config, seed):
     return f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json"
 
 
+def identity(result):
+    """{name: value} of all that decides a number, apart from the training of the weights: a result may replace one of
+    the same identity, and no other. (The config is not the file's alone: --heads may be given for a foreign one.)"""
+    return dict(result["protocol"], seed=result["seed"], which=result["which"], config=result["config"])
+
+
 def claim(out, default, result):
     """(file, finished): where `result`, all of it but its metrics, will go; and what is there already, if it is the
     result of just these weights, else None.
@@ -358,17 +364,14 @@ def claim(out, default, result):
     A result of the same protocol and data but other weights is replaced. Any other is kept: without --out (None) the
     new one gets a name of its own, with it ValueError names what differs.
     """
-    def decisive(result):                                           # config: --heads of a foreign file may differ
-        return dict(result["protocol"], seed=result["seed"], which=result["which"], config=result["config"])
-
-    mine, path = json.loads(json.dumps(decisive(result))), Path(out or default)         # as it will be read: no tuples
+    mine, path = json.loads(json.dumps(identity(result))), Path(out or default)         # as it will be read: no tuples
     room_for(path)
     for attempt in range(2):
         if not path.exists():
             return path, None
         try:
             old = json.loads(path.read_text())
-            theirs, same_weights = decisive(old), old["weights_sha256"] == result["weights_sha256"]
+            theirs, same_weights = identity(old), old["weights_sha256"] == result["weights_sha256"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: holds no result of a probe ({type(error).__name__}); give another --out, or "
                              "remove it") from error
