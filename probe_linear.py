@@ -15,6 +15,7 @@ x.knn.json. A probe that was asked to end saves, and the same command goes on fr
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import filecmp
@@ -105,8 +106,8 @@ def train_heads(model, train, classes, args, device, file, stamp):
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
     total, said, done, clock = 0, start, start, time.perf_counter()
-    with checkpoint.noted_signals() as asked:
-        stream = batches(model, train, args, device, start)
+    stream = batches(model, train, args, device, start)     # closed while its workers live: a dead one may hold a lock
+    with checkpoint.noted_signals() as asked, contextlib.closing(stream):
         for t in range(start, args.iters):
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * t / args.iters))
             for _ in range(math.ceil(args.batch_size / args.micro_batch)):
@@ -191,13 +192,12 @@ class ClassFolders:
             found = visible(os.listdir(folder.parent))[:8] if folder.parent.is_dir() else "no such folder"
             sys.exit(f"{folder}: no class folders; {folder.parent} must hold {TREE}, and holds {found}")
         for label, name in enumerate(self.classes):
-            before = len(self.samples)
             for below, folders, files in os.walk(folder / name, followlinks=True):
                 refuse_second_way(below, real)
                 folders[:] = visible(folders)
                 self.samples += [(os.path.join(below, file), label) for file in visible(files)
                                  if file.lower().endswith(SUFFIXES)]
-            if len(self.samples) == before:
+            if not self.samples or self.samples[-1][1] != label:
                 raise ValueError(f"{folder / name}: holds no picture ({' '.join(SUFFIXES)}); add some, or remove it")
 
     def __len__(self):
