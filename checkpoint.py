@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import filecmp
 import glob
 import hashlib
 import json
@@ -92,9 +93,11 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
         torch.manual_seed(seed)
         model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
         return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
-    model = load_backbone(path, which, device, heads)
+    before = hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+    model, epochs = load_backbone(path, which, device, heads), read_checkpoint(path).get("epoch")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    epochs = read_checkpoint(path).get("epoch")
+    if digest != before:                                            # the number would be one file's, its hash another's
+        raise ValueError(f"{path}: was replaced while it was read; run the same command again")
     epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
     return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
 
@@ -337,6 +340,8 @@ def one_line(path):
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")     # after a loader worker's traceback
         sys.exit(line if ": " in line else f"{path}: {line}")
+    except KeyboardInterrupt:                                       # where there is nothing to save yet
+        sys.exit(130)
 
 
 def method(config):
@@ -361,8 +366,8 @@ def claim(out, default, result):
     """(file, finished): where `result`, all of it but its metrics, will go; and what is there already, if it is the
     result of just these weights, else None.
 
-    A result of the same protocol and data but other weights is replaced. Any other is kept: without --out (None) the
-    new one gets a name of its own, with it ValueError names what differs.
+    A result of the same protocol and data, measured before the same file of weights was trained on, is replaced. Any
+    other is kept: without --out (None) the new one gets a name of its own, with it ValueError names what differs.
     """
     mine, path = json.loads(json.dumps(identity(result))), Path(out or default)         # as it will be read: no tuples
     room_for(path)
@@ -376,14 +381,16 @@ def claim(out, default, result):
             raise ValueError(f"{path}: holds no result of a probe ({type(error).__name__}); give another --out, or "
                              "remove it") from error
         differing = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        if out and not same_weights and old["weights"] != result["weights"]:
+            differing.insert(0, "weights"); mine["weights"], theirs["weights"] = result["weights"], old["weights"]
         if not differing:
             return path, old if same_weights else None
         cause = ", ".join(f"{name} {theirs.get(name)}, now {mine.get(name)}" for name in differing[:3])
         if out or attempt:
             raise ValueError(f"{path}: holds a result that is not to be overwritten ({cause}); give another --out")
         digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode(), digest_size=4).hexdigest()
-        print(f"{path}: holds a result with {cause}; this one goes to {path.with_suffix(f'.{digest}.json').name}")
-        path = path.with_suffix(f".{digest}.json")
+        print(f"{path}: holds a result with {cause}; this one goes to {beside(path, f'.{digest}.json').name}")
+        path = beside(path, f".{digest}.json")
 
 
 def mean_sd(values):
@@ -402,15 +409,15 @@ def write_result(path, result):
     first."""
     path, _ = claim(None, path, result)
     line = json.dumps(result, allow_nan=False)                      # not a number is not a result
+    print(line, flush=True)                                         # first: a file that fails loses nothing
     write_whole(path, lambda file: file.write(f"{line}\n".encode()))
-    print(line, flush=True)
 
 
 def resume_heads(file, stamp, heads, optimizer):
     """(iterations done, evaluations) of a probe whose heads are in `file`, which are loaded: (0, []) without a file.
 
-    `stamp` holds every setting that decides the result. Heads of other settings are refused while unfinished, with
-    ValueError, else to be overwritten.
+    `stamp` holds every setting that decides the result. Heads of other settings are to be overwritten once they have
+    been evaluated, or their result is written; else ValueError refuses.
     """
     if not Path(file).exists():
         return 0, []
@@ -418,7 +425,8 @@ def resume_heads(file, stamp, heads, optimizer):
         state = read_checkpoint(file)
         old = state["stamp"]
         differing = [name for name in sorted(old.keys() | stamp.keys()) if old.get(name) != stamp.get(name)]
-        if differing and state["iteration"] >= old["iters"]:
+        done, last = state["iteration"] >= old["iters"], [entry["iteration"] for entry in state["history"][-1:]]
+        if differing and done and (last == [old["iters"]] or is_reported(file, old)):
             return 0, []
         if not differing:
             heads.load_state_dict(state["heads"])
@@ -430,8 +438,25 @@ def resume_heads(file, stamp, heads, optimizer):
         cause = str(error).removeprefix(f"{file}: ") if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"{file}: holds no heads of this probe ({cause}); remove it, or give another --out") from error
     name = differing[0]
-    raise ValueError(f"{file}: holds unfinished heads with {name} {old.get(name)}, now {stamp.get(name)}; go on "
-                     "with the old value, remove the file, or give another --out")
+    raise ValueError(f"{file}: holds {'unreported' if done else 'unfinished'} heads with {name} "
+                     f"{old.get(name)}, now {stamp.get(name)}; go on with the old value, remove the file, or give "
+                     "another --out")
+
+
+def is_reported(file, stamp):
+    """Whether the result of the heads in `file`, of this stamp, lies beside them."""
+    path = Path(str(file).removesuffix(".head.pt"))
+    try:
+        result = json.loads((path if path.is_file() else beside(path, ".json")).read_text())
+        stamp = json.loads(json.dumps(stamp))
+        return dict(stamp, **identity(result), weights_sha256=result["weights_sha256"]) == stamp
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def beside(out, suffix):
+    """The path of what belongs to the result file `out`: its name with another end."""
+    return Path(str(out).removesuffix(".json") + suffix)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,6 +489,29 @@ def fingerprint(root, pictures, labels=()):
     return digest.hexdigest()
 
 
+def refuse_trained_on(source, train, val, copies=True):
+    """What was trained on measures nothing: ValueError if files of val are files of train, through links too, or if
+    more than a tenth of val (of up to 1,000 looked at) are `copies` under the same name. Fewer copies are said."""
+    files, named = set(), {}
+    for path in train:
+        stat = os.stat(path)
+        files.add((stat.st_dev, stat.st_ino))
+        named.setdefault((Path(path).name, stat.st_size), []).append(path)
+    looked, stats = val, [os.stat(path) for path in val]
+    shared = [path for path, stat in zip(val, stats, strict=True) if (stat.st_dev, stat.st_ino) in files]
+    if copies and not shared:
+        step = math.ceil(len(val) / 1000)
+        looked = val[::step]
+        twins = [path for path, stat in zip(looked, stats[::step], strict=True) if any(
+            filecmp.cmp(path, twin, shallow=False) for twin in named.get((Path(path).name, stat.st_size), []))]
+        shared = twins if len(twins) > max(1, len(looked) / 10) else []
+        if twins and not shared:
+            print(f"{source}: {len(twins):,} of {len(looked):,} val pictures are train pictures, too, as {twins[0]}")
+    if shared:
+        raise ValueError(f"{source}: {len(shared):,} of {len(looked):,} val pictures are train pictures, the first is "
+                         f"{shared[0]}; take them out of train or val")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: room for them, written whole, kept to one process; printable names
 
@@ -471,6 +519,9 @@ def room_for(out):
     """Make the folder of a file that is to be written; ValueError says what is in the way, before hours are spent."""
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
+        trial = Path(f"{out}.{os.getpid()}.tmp")
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ValueError(f"{out}: {error.strerror}; give another --out") from error
 
@@ -492,8 +543,9 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:                        # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             half.unlink()
-        raise OSError(f"{path}: not written: {' '.join(str(error).split())}; what was there is untouched; make room "
-                      "and run the same command again") from error
+        way = "give another --out" if isinstance(error, (PermissionError, FileNotFoundError)) else "make room"
+        raise OSError(f"{path}: not written: {' '.join(str(error).split())}; what was there is untouched; {way} and "
+                      "run the same command again") from error
 
 
 def write_checkpoint(path, content):

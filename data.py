@@ -19,7 +19,6 @@ from torchvision.transforms.v2.functional import resized_crop
 
 import vit
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 # Streams of random numbers. Each draw is a function of its stream and a few integers: nothing random is ever stored.
 ORDER, CROPS, REPLACEMENT, JITTER_ORDER, DROP_PATH = range(1, 6)
 
@@ -234,7 +233,8 @@ def list_images(root):
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if name[0] != ".")     # of two links every machine takes the same one
-        found += [os.path.join(folder, name) for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
+        found += [os.path.join(folder, name) for name in names
+                  if name[0] != "." and name.lower().endswith(vit.SUFFIXES)]
     return sorted(found)
 
 

@@ -98,9 +98,6 @@ def measure(model, images, args, device):
 
 
 # ------------------------------------------------------------------------------------------- pictures and boxes
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-
-
 def overlap(boxes, grid, patch):
     """(grid, grid) bool: patches whose area any of the half-open pixel boxes (x0, y0, x1, y1) overlaps."""
     start = torch.arange(grid, dtype=torch.float64) * patch         # patch i covers [start_i, start_i + patch)
@@ -125,13 +122,12 @@ def read_boxes(path):
     """((width, height), [(xmin, ymin, xmax, ymax), ...]) of a VOC-style XML, coordinates as they are."""
     try:
         tree = ElementTree.parse(path)
-        size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
+        size = tuple(int(float(tree.find("size").find(side).text)) for side in ("width", "height"))
         boxes = [tuple(float(box.find(corner).text) for corner in ("xmin", "ymin", "xmax", "ymax"))
                  for box in (thing.find("bndbox") for thing in tree.findall("object"))]      # its parts have some, too
     except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no VOC-style boxes ({error}); it must hold size/width, size/height and "
                          "object/bndbox/xmin, ymin, xmax, ymax as numbers") from error
-    refuse_sure_misses(path, size, boxes)
     return size, boxes
 
 
@@ -169,7 +165,7 @@ class PicturesWithBoxes:
 
     def __init__(self, args, size, patch):
         self.size, self.patch, self.transform = size, patch, vit.eval_transform(size)
-        pictures = by_stem(args.root, SUFFIXES)
+        pictures = by_stem(args.root, vit.SUFFIXES)
         xmls = by_stem(args.boxes, (".xml",))
         pairs = sorted(pictures.keys() & xmls.keys())
         if not pairs:
@@ -178,6 +174,8 @@ class PicturesWithBoxes:
         self.items, several, large, odd = [], 0, 0, 0
         for stem in pairs:
             (width, height), boxes = read_boxes(xmls[stem])
+            if len(boxes) < 2 or args.all_objects:
+                refuse_sure_misses(xmls[stem], (width, height), boxes)
             if len(boxes) != 1 and not (args.all_objects and boxes):
                 several += 1
             elif max(area(*box) for box in boxes) >= args.max_area * width * height:
@@ -206,9 +204,11 @@ def by_stem(folder, suffixes):
     """{file name without suffix: path} of all such files below a folder, less hidden ones: ._0.jpg of macOS, ..."""
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: no such folder")
-    found = {}
-    for directory, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    found, seen = {}, set()
+    for directory, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        below[:] = sorted(name for name in below if name[0] != "." and real not in seen)        # nor a loop of links
+        seen.add(real)
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes and not name.startswith("."):

@@ -386,10 +386,8 @@ def open_data(args, size):
         return Shapes("train", size, 2000), Shapes("val", size, 1000), FINGERPRINT
     roots = args.train_root or args.root, args.root
     train, val = open_split(args.train_on, "train", roots[0], args), open_split(args.data, "val", roots[1], args)
-    trained = {os.path.realpath(file) for file, _ in train.pairs}   # what was trained on measures nothing
-    if shared := [file for file, _ in val.pairs if os.path.realpath(file) in trained]:
-        raise ValueError(f"{shared[0]}: in train and in val, the first of {count(len(shared), 'such picture')}; take "
-                         "them out of one")
+    files = ([picture for picture, _ in images.pairs] for images in (train, val))
+    checkpoint.refuse_trained_on(args.root, *files, copies=False)   # frames of all scenes have the same names
     return train, val, "-".join(checkpoint.fingerprint(Path(root), *zip(*split.pairs, strict=True))
                                 for root, split in zip(roots, (train, val), strict=True))
 
@@ -405,6 +403,7 @@ def open_split(source, split, root, args):
     if (source, split) == ("sunrgbd", "train"):
         pairs = unlisted(root, pairs)
     print(f"{source} {split}: {count(len(pairs), 'image')}")
+    args.partial |= len(pairs) < expected
     if len(pairs) < (1 if args.allow_partial else expected):
         raise ValueError(f"{file}: {count(len(pairs), f'{split} image')} of {expected:,}; complete them"
                          + ", or give --allow-partial" * (len(pairs) > 0))
@@ -510,7 +509,7 @@ def describe(args, config, train, val, size, fingerprint):
     """The protocol of a result: every value that decides it, apart from seed and weights."""
     return dict(
         probe="depth", data=args.data, train_on=args.train_on, train=len(train), val=len(val), size=size,
-        fingerprint=fingerprint, partial=args.allow_partial, blocks=four_blocks(config.depth), precision=args.amp,
+        fingerprint=fingerprint, partial=args.partial, blocks=four_blocks(config.depth), precision=args.amp,
         feature="patches and [CLS] of each block, no final norm", iters=args.iters, batch_size=args.batch_size,
         crop=args.crop, seeds=args.seeds, bins=BINS, max_depth=MAX_DEPTH[args.data], lr=args.lr,
         optimizer="AdamW 0.9 0.999, weight decay 0.01, gradient norm of a head at most 35",
@@ -530,12 +529,12 @@ def evaluate(path, args, device, data):
     if model.config.depth < 4:
         raise ValueError(f"{path}: {count(model.config.depth, 'block')}, this probe reads four; give a deeper model")
     train, val, fingerprint = data(size)
-    result = dict(probe="depth", data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config),
-                  seed=args.seed, metrics=None,
+    result = dict(probe="depth", data=args.data, root=args.root, **facts,
+                  config=dataclasses.asdict(model.config), seed=args.seed, metrics=None,
                   protocol=describe(args, model.config, train, val, size, fingerprint))
     default = checkpoint.result_path(path, "depth", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
-    heads_file = out.with_suffix(".head.pt")
+    heads_file = checkpoint.beside(out, ".head.pt")
     if finished:
         if args.save_images:
             print(f"{out}: finished earlier, so nothing is drawn; remove it and {heads_file.name} to have pictures")
@@ -550,7 +549,7 @@ def evaluate(path, args, device, data):
           + f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
           + f"; {count(metrics['skipped'], 'image')} without a pixel to score left out" * (metrics["skipped"] > 0))
     if maps:
-        draw_images(out.with_suffix(".png"), val, maps, MAX_DEPTH[args.data])
+        draw_images(checkpoint.beside(out, ".png"), val, maps, MAX_DEPTH[args.data])
     checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
@@ -580,7 +579,7 @@ def parse_args(argv=None):
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
     p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
                    "prediction of the last evaluation, into <out without .json>.png")
-    p.set_defaults(**recipe)
+    p.set_defaults(**recipe, partial=False)                        # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)
     return args

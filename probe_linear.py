@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import filecmp
 import functools
 import math
 import os
@@ -172,7 +171,6 @@ def batches(model, train, args, device, start):
 
 # ------------------------------------------------------------------------------------------- data
 TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 IMAGENET = {"train": 1_281_167, "val": 50_000}                      # pictures
 ORDER, CROP = range(2)                                              # streams of random numbers
 
@@ -196,9 +194,10 @@ class ClassFolders:
                 refuse_second_way(below, real)
                 folders[:] = visible(folders)
                 self.samples += [(os.path.join(below, file), label) for file in visible(files)
-                                 if file.lower().endswith(SUFFIXES)]
+                                 if file.lower().endswith(vit.SUFFIXES)]
             if not self.samples or self.samples[-1][1] != label:
-                raise ValueError(f"{folder / name}: holds no picture ({' '.join(SUFFIXES)}); add some, or remove it")
+                raise ValueError(f"{folder / name}: holds no picture ({' '.join(vit.SUFFIXES)}); add some, or remove "
+                                 "it")
 
     def __len__(self):
         return len(self.samples)
@@ -252,14 +251,16 @@ def open_data(args, size):
     for split, expected in IMAGENET.items():
         images = ClassFolders(root / split, size)
         print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
-        if args.data == "imagenet" and len(images) < expected and not args.allow_partial:
+        args.partial |= args.data == "imagenet" and len(images) < expected
+        if args.partial and not args.allow_partial:
             sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
         splits.append(images)
     train, val = splits
     refuse_other_classes(args, train, val)
     val.samples = [(path, train.classes.index(val.classes[label])) for path, label in val.samples]
-    refuse_trained_on(root, val)
-    return train, val, train.classes, checkpoint.fingerprint(root, [path for path, _ in train.samples + val.samples])
+    files = [[path for path, _ in images.samples] for images in splits]
+    checkpoint.refuse_trained_on(root, *files)
+    return train, val, train.classes, checkpoint.fingerprint(root, sum(files, []))
 
 
 def refuse_other_classes(args, train, val):
@@ -267,21 +268,10 @@ def refuse_other_classes(args, train, val):
     if len(train.classes) == 1:
         sys.exit(f"{args.root}: one class, {train.classes[0]}; to tell classes apart takes two")
     odd = sorted(set(val.classes) - set(train.classes) if args.allow_partial else set(train.classes) ^ set(val.classes))
+    args.partial |= train.classes != val.classes
     if odd:
         sys.exit(f"{args.root}: {', '.join(odd[:5])} not in both train/ and val/, which must hold the same classes"
                  + "; --allow-partial lets val/ lack some" * (set(odd) <= set(train.classes)))
-
-
-def refuse_trained_on(root, val):
-    """A tenth of val/, of which 1,000 pictures are looked at, may be in train/ under the same name: more is a copy."""
-    looked = [path for path, _ in val.samples[::math.ceil(len(val) / 1000)]]
-    same = [path for path in looked if (twin := root / "train" / Path(path).relative_to(root / "val")).is_file()
-            and filecmp.cmp(path, twin, shallow=False)]
-    if same:
-        found = f"{same[0]}: is in train/ too, as {len(same):,} of {len(looked):,} val pictures looked at are"
-        if 10 * len(same) > len(looked):
-            raise ValueError(f"{found}; give a val/ that is not trained on")
-        print(found)
 
 
 # ------------------------------------------------------------------------------------------- results
@@ -330,7 +320,7 @@ def evaluate(path, args, device, data):
     model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     train, val, names, fingerprint = data(model.config.image_size)
     shared = dict(data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=len(names),
-                  size=model.config.image_size, partial=args.allow_partial, feature="[CLS], last block, final norm",
+                  size=model.config.image_size, partial=args.partial, feature="[CLS], last block, final norm",
                   precision=args.amp)
     facts = dict(data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed)
 
@@ -346,7 +336,7 @@ def evaluate(path, args, device, data):
         checkpoint.write_result(out, dict(result, metrics=dict(metrics, top1_constant=constant)))
 
     out = args.out and Path(args.out)
-    nearest, knn_out, finished_knn = claim("knn", out if args.knn else out and out.with_suffix(".knn.json"),
+    nearest, knn_out, finished_knn = claim("knn", out if args.knn else out and checkpoint.beside(out, ".knn.json"),
                                            neighbours=NEIGHBOURS, temperature=TEMPERATURE)
     if not args.knn:
         linear, out, finished = claim(
@@ -358,7 +348,7 @@ def evaluate(path, args, device, data):
     if again:
         stamp = {**linear["protocol"], **{key: facts[key] for key in ("seed", "which", "weights_sha256", "config")}}
         heads = train_heads(model, features(train) if args.data == "shapes" else train, len(names), args, device,
-                            out.with_suffix(".head.pt"), stamp)
+                            checkpoint.beside(out, ".head.pt"), stamp)
 
     if finished_knn:
         checkpoint.say_finished(knn_out, finished_knn)
@@ -371,7 +361,7 @@ def evaluate(path, args, device, data):
         if args.save_images:
             rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
             guesses = heads.predict(features(val)[0][:args.save_images])[:, 0, rate].tolist()
-            draw_images(out.with_suffix(".png"), val, names, guesses)
+            draw_images(checkpoint.beside(out, ".png"), val, names, guesses)
         spread = f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
         report(out, linear, f"linear {show(metrics['top1_seeds'])}, best rate{spread}", metrics)
     elif not args.knn:
@@ -401,7 +391,7 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
     p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw N val images with predictions")
-    p.set_defaults(**recipe)
+    p.set_defaults(**recipe, partial=False)                        # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)
     return args

@@ -14,9 +14,9 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
-import filecmp
 import functools
 import math
 import os
@@ -181,8 +181,8 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
         checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
                                                optimizer=optimizer.state_dict(), history=history))
 
-    with checkpoint.noted_signals() as asked:
-        stream = batches(model, train, blocks, args, device, start)
+    stream = batches(model, train, blocks, args, device, start)     # ends before its workers are ended
+    with checkpoint.noted_signals() as asked, contextlib.closing(stream):
         for done in range(start, args.iters + 1):
             if done > start:
                 total = total + train_step(heads, optimizer, next(stream), done - 1, args)
@@ -406,7 +406,8 @@ def open_data(args, size):
     if args.data == "shapes":
         return Shapes("train", size, args.train), Shapes("val", size, args.val), FINGERPRINT
     train, val = (open_split(split, args) for split in ("train", "val"))
-    refuse_trained_on(args.voc_list or args.root, train.pairs, val.pairs)
+    files = [[picture for picture, _ in images.pairs] for images in (train, val)]
+    checkpoint.refuse_trained_on(args.voc_list or args.root, *files)
     pictures, masks = zip(*train.pairs, *val.pairs, strict=True)
     return train, val, checkpoint.fingerprint(Path(args.root), pictures, masks)
 
@@ -426,21 +427,12 @@ def open_split(split, args):
             raise ValueError(f"{picture}: its label {mask} is missing; complete the data, or remove the picture")
     print(f"{args.data} {split}: {len(pairs):,} images, {args.classes} classes")
     expected = len(pairs) if names else RECIPES[args.data][split]
+    args.partial |= len(pairs) < expected
     if len(pairs) < expected and not args.allow_partial:
         sys.exit(f"{args.root}: {len(pairs):,} {split} images of {expected:,}; complete it, or give --allow-partial")
     images = LabelledPictures(pairs, args)
     refuse_wrong_labels(images, split)
     return images
-
-
-def refuse_trained_on(source, train, val):
-    """What was trained on is not val: the same file, also through links, or a copy under the same name."""
-    files, names = {os.path.realpath(path) for path, _ in train}, {path.name: path for path, _ in train}
-    shared = [path for path, _ in val if os.path.realpath(path) in files
-              or path.name in names and filecmp.cmp(path, names[path.name], shallow=False)]
-    if shared:
-        raise ValueError(f"{source}: {len(shared):,} of the {len(val):,} val images are among the train images, the "
-                         f"first is {shared[0].stem}; take them out of the train images")
 
 
 def refuse_wrong_labels(images, split):
@@ -484,7 +476,7 @@ def describe(args, config, train, val, fingerprint, block, concat_cls):
     """Every value that decides the headline. The other heads are not among them: each trains for itself."""
     return dict(
         probe="seg", data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=args.classes,
-        partial=args.allow_partial, train_list=os.path.basename(args.voc_list or "train"),
+        partial=args.partial, train_list=os.path.basename(args.voc_list or "train"),
         feature="patches, final norm", block=block, concat_cls=concat_cls, crop=args.crop or config.image_size,
         stride=args.stride, short_side=args.short_side,
         long_side=args.aspect * args.short_side if args.data in ("voc", "cityscapes") else None, iters=args.iters,
@@ -533,7 +525,7 @@ def evaluate(path, args, device, data):
     stamp = dict(checkpoint.identity(result), heads=kinds, weights_sha256=facts["weights_sha256"])
     heads = nn.ModuleList(Head(*kind, seed, config.dim, args.classes) for kind in kinds
                           for seed in range(args.seed, args.seed + args.seeds)).to(device)
-    history = train_heads(model, train, val, heads, args, device, out.with_suffix(".head.pt"), stamp)
+    history = train_heads(model, train, val, heads, args, device, checkpoint.beside(out, ".head.pt"), stamp)
 
     metrics = summarize(history, kinds, args)
     for head in metrics["heads"]:
@@ -543,7 +535,7 @@ def evaluate(path, args, device, data):
           "everywhere" + f"; ± is over {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
     if args.save_images:
         views = val_views(model, val, [heads[0].block], args, device)
-        draw_images(out.with_suffix(".png"), heads[0], views, args.save_images)
+        draw_images(checkpoint.beside(out, ".png"), heads[0], views, args.save_images)
     checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
@@ -575,7 +567,7 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
     p.add_argument("--save-images", type=int, default=0, metavar="N", help="of val; <out without .json>.png")
-    p.set_defaults(**recipe)
+    p.set_defaults(**recipe, partial=False)                        # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)
     return args

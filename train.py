@@ -233,7 +233,7 @@ def open_data(args):
     else:
         with checkpoint.one_line(args.data):
             paths = data.list_images(args.data)
-        args.images, way_out = len(paths), f"counted {' '.join(data.SUFFIXES)} in it and below"
+        args.images, way_out = len(paths), f"counted {' '.join(vit.SUFFIXES)} in it and below"
     if args.images < args.batch_size:
         sys.exit(f"{args.data}: {counted(args.images, 'image')}, fewer than --batch-size {args.batch_size}; {way_out}")
     if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB

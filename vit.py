@@ -283,6 +283,9 @@ def vit_base(**overrides):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in [0, 1]
 
 
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+
+
 def read_image(path):
     """PIL image in mode RGB from any file Pillow can read; transparency is ignored. ValueError names one it cannot.
 

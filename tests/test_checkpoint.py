@@ -679,3 +679,96 @@ def test_what_a_killed_process_left_is_cleared_after_an_hour_and_what_a_live_one
     os.utime(old, (time.time() - 4000,) * 2)
     disk.write_whole(tmp_path / "x[1].pt", lambda file: file.write(b"whole"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x[1].pt", "x[1].pt.124.tmp"]
+
+
+# ---- heads of a probe ------------------------------------------------------------------------------------------------
+
+def heads_file(tmp_path, stamp, history=(), iteration=10):
+    heads = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1)
+    disk.write_checkpoint(tmp_path / "x.head.pt", dict(iteration=iteration, stamp=stamp, history=list(history),
+                                                       heads=heads.state_dict(), optimizer=optimizer.state_dict()))
+    return tmp_path / "x.head.pt", heads, optimizer
+
+
+@pytest.mark.parametrize("old, new", [(dict(), dict(more=1)), (dict(more=1), dict()), (dict(more=1), dict(more=2))])
+@pytest.mark.parametrize("iteration", [4, 10])
+def test_heads_of_another_stamp_are_refused_until_their_result_is_there(tmp_path, old, new, iteration):
+    """Whichever of the two stamps has a field that the other lacks."""
+    result = a_result()
+    stamp = dict(disk.identity(result), weights_sha256="aa", **old)
+    file, heads, optimizer = heads_file(tmp_path, stamp, iteration=iteration)
+    resume = [file, dict(stamp, **new) if new else disk.identity(result) | dict(weights_sha256="aa"), heads, optimizer]
+    assert disk.resume_heads(file, stamp, heads, optimizer) == (iteration, [])
+    kind = "unfinished" if iteration < 10 else "unreported"
+    with pytest.raises(ValueError, match=f"holds {kind} heads with more {old.get('more')}, now {new.get('more')}; "):
+        disk.resume_heads(*resume)
+    (tmp_path / "x.json").write_text(json.dumps(dict(result, metrics={}, weights_sha256="bb")))
+    with pytest.raises(ValueError):                                   # of other weights: not theirs
+        disk.resume_heads(*resume)
+    (tmp_path / "x.json").write_text(json.dumps(dict(result, metrics={})))
+    if iteration == 10:
+        assert disk.resume_heads(*resume) == (0, [])
+    file, heads, optimizer = heads_file(tmp_path, stamp, [{"iteration": 10}])         # or evaluated
+    (tmp_path / "x.json").unlink()
+    assert disk.resume_heads(file, resume[1], heads, optimizer) == (0, [])
+
+
+def test_a_field_that_only_the_old_result_has_is_seen(tmp_path):
+    path = tmp_path / "w.seg.voc.json"
+    write(path, more=1)
+    assert disk.claim(None, path, a_result())[0] != path
+
+
+def test_with_out_the_result_of_another_file_of_weights_is_kept(tmp_path):
+    path = tmp_path / "r.json"
+    write(path)
+    with pytest.raises(ValueError, match="weights w.pt, now v.pt"):
+        disk.claim(str(path), None, a_result(weights="v.pt", sha="bb"))
+    assert [disk.beside(name, ".head.pt").name for name in ("r.json", "e.0", "e.1")] == ["r.head.pt", "e.0.head.pt",
+                                                                                    "e.1.head.pt"]
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_refused(tmp_path, monkeypatch):
+    checkpoint, student, teacher = ours()
+    torch.save(checkpoint, tmp_path / "w.pt")
+    read = disk.load_backbone
+
+    def swapped(path, *args):
+        model = read(path, *args)
+        torch.save(dict(checkpoint, teacher=student.state_dict()), path)
+        return model
+
+    monkeypatch.setattr(disk, "load_backbone", swapped)
+    with pytest.raises(ValueError, match="w.pt: was replaced while it was read"):
+        disk.open_weights(tmp_path / "w.pt")
+
+
+def test_labels_are_read_up_to_a_gibibyte(tmp_path):
+    """1.1 GiB of labels, mostly holes: every second one is read, where of pictures every fifth is."""
+    paths = [tmp_path / f"{i}" for i in range(9)]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.truncate(2**27)
+    before = disk.fingerprint(tmp_path, [], paths)
+    with open(paths[2], "r+b") as file:
+        file.write(b"x")
+    assert disk.fingerprint(tmp_path, [], paths) != before == disk.fingerprint(tmp_path, [], paths[:2] + paths[1:2]) \
+        or disk.fingerprint(tmp_path, [], paths) != before
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_it_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file/x.json", Path("/proc/x.json")):
+        with pytest.raises(ValueError, match="give another --out"):
+            disk.claim(str(out), None, a_result())
+
+
+def test_width_1280_is_not_guessed(tmp_path):
+    """timm's huge ViT has 16 heads there, not 20."""
+    state = {"cls_token": torch.zeros(1, 1, 1280), "pos_embed": torch.zeros(1, 5, 1280),
+             "patch_embed.proj.weight": torch.zeros(1280, 3, 14, 14), "blocks.0.norm1.weight": torch.zeros(1280),
+             "blocks.0.mlp.fc1.weight": torch.zeros(5120, 1280)}
+    with pytest.raises(ValueError, match="width 1280 .* --heads N"):
+        disk.infer_config(state)
+    assert disk.infer_config(state, 16).heads == 16
