@@ -366,8 +366,8 @@ def claim(out, default, result):
     """(file, finished): where `result`, all of it but its metrics, will go; and what is there already, if it is the
     result of just these weights, else None.
 
-    A result of the same protocol and data, measured before the same file of weights was trained on, is replaced. Any
-    other is kept: without --out (None) the new one gets a name of its own, with it ValueError names what differs.
+    A result of the same protocol, data and file of weights is replaced if that file has changed since. Any other is
+    kept: without --out (None) the new one gets a name of its own, with it ValueError names what differs.
     """
     mine, path = json.loads(json.dumps(identity(result))), Path(out or default)         # as it will be read: no tuples
     room_for(path)

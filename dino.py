@@ -8,7 +8,7 @@ things keep the teacher from a constant answer: its outputs are *centred* (again
 References: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers" (the method; numbers
 from its released code), Goyal et al. 2017 (linear scaling of the learning rate).
 
-    B images per step, V views = 2 global + L local, K prototypes, D width, S side in pixels
+    B images per micro-batch, V views = 2 global + L local, K prototypes, D width, S side in pixels
 """
 
 import math
@@ -163,8 +163,8 @@ def collapse(history, log_k):
         return ("teacher entropy is 0: one prototype takes everything. Try a lower --center-momentum, a higher "
                 "--teacher-temp or a lower --lr")
     if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
-        return ("the loss sits at ln K: the teacher is uniform. Try a lower --center-momentum or --teacher-temp, a "
-                "longer --warmup-epochs, a lower --lr, or --norm-last-layer")
+        return ("the loss sits at ln K: teacher or student is uniform. Try a lower --center-momentum or "
+                "--teacher-temp, a longer --warmup-epochs, a lower --lr, or --norm-last-layer")
     return None
 
 

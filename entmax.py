@@ -96,9 +96,9 @@ class Entmax15(torch.autograd.Function):
 
         tau <- tau - (g - 1)/g' = tau + g (g - 1)/s = tau + (mass - sqrt(mass))/s
 
-    climbs from tau = -1 to the root and never passes it: no bracket, no safeguard. Newton on mass = 1 has the same root
-    but takes more steps: left of the root mass bends like a parabola, g hardly (not at all, hence one step, when all
-    scores are equal).
+    climbs (in exact arithmetic) from tau = -1 to the root and never passes it: no bracket, no safeguard. Newton on
+    mass = 1 has the same root but takes more steps: left of the root mass bends like a parabola, g hardly (not at all,
+    hence one step, when all scores are equal).
     """
 
     @staticmethod
@@ -153,9 +153,9 @@ def entmax15(x, dim=-1):
 def entmax15_attention(q, k, v, fused=None):
     """entmax15(q k^T / sqrt(D)) v for q, k, v (B, H, T, D) -> (B, H, T, D) in v's dtype.
 
-    Scores are float32 whatever q and k are, also under autocast: that would compute them in bfloat16 (and on CUDA cast
-    them up again for softmax, but it knows nothing of entmax). The weights are rounded to v's dtype for the product
-    with v.
+    Scores are at least float32 whatever q and k are. Autocast would compute them in bfloat16, so it is switched off
+    here (for softmax it casts them up again on CUDA, but it does not know entmax). The weights are rounded to v's dtype
+    for the product with v.
 
     fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, 16 <= D <= 128)
     and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no second derivative.

@@ -1,4 +1,4 @@
-"""Point-in-box: does the patch most like [CLS] lie on the object? And other signs of semantic diffusion (Fig. 2a).
+"""Point-in-box: does the patch most like [CLS] lie on the object? Other signs of semantic diffusion (Fig. 2a).
 
     python pib.py --weights runs/shapes_entmax15_s0                                  every numbered checkpoint of a run
     python pib.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt      the untrained control
@@ -10,10 +10,10 @@ than 25 % of the picture, as in LaSt-ViT, from which the paper takes the measure
 Two numbers belong beside it: chance, the share of patches that overlap the box, and centre, the share of images whose
 box overlaps the central patch (mean of the central four on an even grid), as objects mostly lie there.
 
-From the same forward, per block: attention support (non-zero weights of a row, per head), attention mass from patches
-to [CLS] and to registers, share of high-norm patches (> 5 x the median of their image, before the norm), mean cosine
-of [CLS] with the patches inside and outside the box. The last line printed for each file is its result as JSON, also
-written to --out.
+From the same forward, per block: attention support (number of non-zero weights of a row, per head), attention mass from
+patches to [CLS] and to registers, share of high-norm patches (> 5 x the median of their image, before the norm), mean
+cosine of [CLS] with the patches inside and outside the box. The last line printed for each file is its result as JSON,
+also written to --out.
 
     B images, T tokens = 1 + R + N, H heads, h x w grid of patches
 """

@@ -346,7 +346,7 @@ def evaluate(path, args, device, data):
     again = not args.knn and (not finished or args.save_images)     # pictures are drawn from the finished heads
     features, start = functools.cache(lambda images: extract(model, images, args, device)), time.perf_counter()
     if again:
-        stamp = {**linear["protocol"], **{key: facts[key] for key in ("seed", "which", "weights_sha256", "config")}}
+        stamp = dict(checkpoint.identity(linear), weights_sha256=facts["weights_sha256"])
         heads = train_heads(model, features(train) if args.data == "shapes" else train, len(names), args, device,
                             checkpoint.beside(out, ".head.pt"), stamp)
 

@@ -7,7 +7,7 @@ One process without torchrun, many with it, several nodes: the same code, and fo
 Writes --out (default runs/<data>_<method>_s<seed>): checkpoint.pt (latest, complete), checkpoint_0000.pt ... (by
 epochs done), log.jsonl. Run the same command again, or --resume RUN, and it goes on from checkpoint.pt, bit for bit.
 
-    B images per step, V views, K prototypes
+    B images per micro-batch, V views, K prototypes
 """
 
 import argparse
@@ -201,8 +201,9 @@ def train(args, rank, world, device, stop):
 
 @torch.no_grad()
 def diagnose(run, student, teacher, view, temp):
-    """What reveals failure, of one micro-batch: loss, teacher entropy and KL(teacher || student) in nats, centre norm,
-    and the mean support of the teacher's last block: the share of attention weights that are not zero."""
+    """What reveals failure, of the last micro-batch, with the centre and teacher that the step left: loss, teacher
+    entropy and KL(teacher || student) in nats, centre norm, and the mean support of the teacher's last block: the share
+    of attention weights that are not zero."""
     loss = run.loss(student, teacher, temp)
     entropy = dino.entropy(run.loss.targets(teacher, temp))         # loss = entropy + KL, pair by pair
     support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
@@ -283,7 +284,7 @@ class Meter:
     def report(self, done, facts, grad_norm, now, bad_files):
         args, total, log_k = self.args, self.args.epochs * self.per_epoch, math.log(self.args.out_dim)
         record = dict(step=done, epoch=done / self.per_epoch, **facts)
-        record["loss"] = dino.all_mean(self.loss_sum / self.steps).item()
+        record["loss"] = dino.all_mean(self.loss_sum / self.steps).item()       # so entropy + kl do not add up to it
         record["loss_per_log_k"] = record["loss"] / log_k
         seconds = time.perf_counter() - self.clock
         peak_gib = (torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else
@@ -410,7 +411,7 @@ def parse_args(argv=None):
     p.add_argument("--depth", type=int, help="blocks")
     p.add_argument("--heads", type=int, help="attention heads")
     p.add_argument("--patch-size", type=int, help="pixels")
-    p.add_argument("--drop-path", type=float, help="stochastic depth rate of the student's last block")
+    p.add_argument("--drop-path", type=float, help="stochastic depth of the student: from 0 in the first block to this")
     # head and loss
     p.add_argument("--out-dim", type=int, help="prototypes K")
     p.add_argument("--hidden-dim", type=int, help="width of the head's MLP")

@@ -320,6 +320,32 @@ def test_a_finished_result_is_read_and_one_of_other_data_keeps_its_place(tmp_pat
         first["protocol"]["fingerprint"], other["protocol"]["fingerprint"])
 
 
+@pytest.mark.parametrize("flags", ["--all-objects", "--amp bf16", "--raw", "--max-area 0.2", "--which student"])
+def test_every_flag_that_decides_the_number_tells_two_results_apart(checkpoint, folder, capsys, flags):
+    first, _ = run(capsys, "--weights", checkpoint, *folder)
+    other, lines = run(capsys, "--weights", checkpoint, *folder, *flags.split())
+    assert "finished before" not in lines[-2]
+    if flags != "--which student":
+        assert other["protocol"] != first["protocol"]
+    assert run(capsys, "--weights", checkpoint, *folder)[0] == first
+
+
+def test_every_xml_counts_and_linked_folders_are_followed(tmp_path, checkpoint, folder, capsys):
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    (tmp_path / "val").mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "val" / path.name).symlink_to(path)
+    (tmp_path / "val/loop").symlink_to(tmp_path / "val")
+    seen, n = set(), None
+    for path in sorted((tmp_path / "xml").rglob("*.xml")):
+        result, _ = run(capsys, "--weights", checkpoint, *folder)
+        n = n or result["metrics"]["n"]
+        seen.add(result["protocol"]["fingerprint"])
+        path.write_text(path.read_text() + "\n")                    # the same boxes, other bytes
+    seen.add(run(capsys, "--weights", checkpoint, *folder)[0]["protocol"]["fingerprint"])
+    assert len(seen) == len(list((tmp_path / "xml").rglob("*.xml"))) and n > 1       # one of them has no picture
+
+
 def test_heads_of_a_foreign_file(tmp_path, folder, capsys):
     torch.manual_seed(0)
     model = vit.VisionTransformer(vit.ViTConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4))

@@ -680,6 +680,20 @@ def test_flags_that_decide_no_number_may_change(uninterrupted):
     train.main([*LONG, "--out", str(uninterrupted), *"--workers 3 --log-every 7 --save-every 2 --save-steps 9".split()])
 
 
+def test_every_other_flag_decides_and_may_not_change(uninterrupted):
+    """All flags there are, one at a time, against what the run holds."""
+    args = load(uninterrupted / "checkpoint.pt")["args"]
+    parsed = {name for name in vars(train.parse_args([])) if name != "config"}
+    assert parsed <= args.keys() and args.keys() - parsed == {"images", "fingerprint"}
+    free = {"out", "workers", "log_every", "save_every", "save_steps"}
+    for name in parsed:
+        value = args[name]
+        changed = dict(args, **{name: [0.1, 0.2] if isinstance(value, list) else not value if isinstance(value, bool)
+                                else f"{value}x" if isinstance(value, str) else 7 if value is None else value + 1})
+        state, refusal = disk.resume_run(uninterrupted, changed)
+        assert (state is None) == (name not in free) == (f"--{name.replace('_', '-')}" in refusal), (name, refusal)
+
+
 def test_a_second_run_in_the_same_folder_is_kept_out_and_changes_nothing(tmp_path):
     """A requeued job whose first life is not over, `srun -n 2 python train.py`."""
     out = tmp_path / "run"
