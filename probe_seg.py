@@ -507,6 +507,8 @@ def evaluate(path, args, device, data):
     """The probe of one file of weights: prints it and writes the result beside it. `data`: open_data by size."""
     model, facts = checkpoint.open_weights(path, args.which, args.like, args.seed, device, args.heads)
     config = model.config
+    if args.batch_size == 1 and (args.crop or config.image_size) <= config.patch_size:
+        raise ValueError(f"{path}: --batch-size 1 and a crop of one patch: BatchNorm needs two values; raise either")
     blocks = sorted({model.index(block) for block in args.blocks or range(config.depth)})
     concats = {"no": [False], "yes": [True], "both": [False, True]}[args.concat_cls]
     kinds = [(block, concat) for block in reversed(blocks) for concat in concats]   # the first one is the headline

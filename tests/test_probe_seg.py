@@ -1299,6 +1299,14 @@ def test_files_that_are_no_data_are_passed_over_and_those_that_are_are_not(tmp_p
     assert [len(split) for split in opened("cityscapes", tmp_path)] == [4, 3]
 
 
+def test_one_value_per_channel_is_refused_before_training(tmp_path, capsys, checkpoint):
+    where = ["--weights", checkpoint, "--data", "voc", "--root", draw_voc(tmp_path / "root"), *SMALL, "--crop", "8"]
+    status, line = exits(capsys, *where, "--batch-size", "1")
+    assert status == 1 and line.endswith("--batch-size 1 and a crop of one patch: BatchNorm needs two values; raise "
+                                         "either")
+    probe_seg.main([*map(str, where), "--batch-size", "2"])
+
+
 @pytest.mark.parametrize("data, counts", [("voc", "4 train images of 1,464"), ("ade20k", "4 train images of 20,210"),
                                           ("cityscapes", "4 train images of 2,975")])
 def test_incomplete_data_needs_allow_partial(tmp_path, capsys, checkpoint, data, counts):
