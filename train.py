@@ -290,8 +290,7 @@ class Meter:
         peak_gib = (torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else
                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)         # of this process
         record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=self.steps * args.batch_size / seconds,
-                       memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps,
-                       bad_files=bad_files)
+                       memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps, bad_files=bad_files)
         self.log.record(record, as_line(record, args, total))
         self.history.append(record)
         warning = dino.collapse(self.history, log_k)
