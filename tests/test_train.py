@@ -430,13 +430,13 @@ def test_compiled_networks_in_ddp_compute_what_plain_ones_do(monkeypatch, one_pr
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(nn.Module, "compile", lambda self: honest(self, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)        # torch's default
     torch._dynamo.reset()
     first = {}
-    for args in (plain, train.parse_args([*TINY, *flags, "--compile"])):
-        model = train.Run(args, torch.device("cpu"))
-        model.ddp = DistributedDataParallel(model.student, bucket_cap_mb=1)
-        (first[args.compile],) = steps(model, args, 1)
+    with torch._dynamo.config.patch(specialize_float=False):        # monkeypatch would hide it for good
+        for args in (plain, train.parse_args([*TINY, *flags, "--compile"])):
+            model = train.Run(args, torch.device("cpu"))
+            model.ddp = DistributedDataParallel(model.student, bucket_cap_mb=1)
+            (first[args.compile],) = steps(model, args, 1)
     torch._dynamo.reset()
     assert len(graphs) > 3                                          # more than one for each network and size
     assert first[True] == pytest.approx(first[False], rel=1e-4)
