@@ -86,20 +86,22 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
     """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
 
     "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
-    ViT-S/16 without it. `heads`: see load_backbone.
+    ViT-S/16 without it. `heads`: see load_backbone. The fact `run_seed` is that of the pretraining.
     """
     if path == "random":
         config = load_backbone(like, heads=heads).config if like else vit.ViTConfig(heads=6 if heads is None else heads)
         torch.manual_seed(seed)
         model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
-        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0)
+        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=seed)
     before = hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
-    model, epochs = load_backbone(path, which, device, heads), read_checkpoint(path).get("epoch")
+    model, content = load_backbone(path, which, device, heads), read_checkpoint(path)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if digest != before:                                            # the number would be one file's, its hash another's
         raise ValueError(f"{path}: was replaced while it was read; run the same command again")
-    epochs = epochs if isinstance(epochs, int) else None            # of another family: a tensor, or what it likes
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs)
+    args = content.get("args")
+    seed = args.get("seed") if isinstance(args, dict) else None
+    epochs, seed = (x if isinstance(x, int) else None for x in (content.get("epoch"), seed))   # of others: anything
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs, run_seed=seed)
 
 
 def list_checkpoints(weights):

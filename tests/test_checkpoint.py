@@ -178,8 +178,8 @@ def test_heads_of_other_widths_must_be_given(tmp_path):
     for heads, cause in ((5, "dim=128 is not divisible by heads=5"), (0, "heads=0 must be at least 1")):
         with pytest.raises(ValueError, match=f"x.pt: cannot tell the architecture: {cause}"):
             load_backbone(path, heads=heads)
-    control, facts = disk.open_weights("random", like=path, heads=4)
-    assert control.config == model.config and facts["weights"] == "random"
+    control, facts = disk.open_weights("random", like=path, heads=4, seed=5)
+    assert control.config == model.config and (facts["weights"], facts["run_seed"]) == ("random", 5)
     assert disk.open_weights("random", heads=12)[0].config == ViTConfig(heads=12)
 
 
@@ -204,7 +204,15 @@ def test_wrappers_are_taken_off(tmp_path, prefixes, key):
     for content in ({key: weights} | training if key else weights, {"teacher": {key: weights} if key else weights}):
         torch.save(content, tmp_path / "x.pth")
         check_frozen(load_backbone(tmp_path / "x.pth"), model.state_dict(), model.config)
-    assert disk.open_weights(tmp_path / "x.pth")[1]["epochs"] is None               # that a result can hold
+    facts = disk.open_weights(tmp_path / "x.pth")[1]
+    assert facts["epochs"] is None and facts["run_seed"] is None    # that a result can hold
+
+
+@pytest.mark.parametrize(("args", "seed"), [({"seed": 7, "lr": 1.0}, 7), ({"seed": torch.ones(2)}, None), ({}, None),
+                                            ("--seed 7", None)])
+def test_the_seed_of_the_pretraining_is_a_fact_of_its_weights(tmp_path, args, seed):
+    torch.save(dict(teacher=tiny(**FOREIGN).state_dict(), args=args), tmp_path / "x.pth")
+    assert disk.open_weights(tmp_path / "x.pth", seed=3)[1]["run_seed"] == seed
 
 
 def test_what_wraps_several_networks_is_refused(tmp_path):
