@@ -1,63 +1,85 @@
-"""Table 1: the results of the probes as mean ± sd over pretraining seeds, one row for each method.
+"""Table 1: the results of the probes, one row for each method, and the methods' differences seed by seed.
 
     python -m paper.table1                                                every result below runs/
     python -m paper.table1 runs/a runs/b --out paper/results/table1.md    of these only; --json for programs
 
-Two tables: the paper's data sets beside the paper's values (complete data and trained weights only; what is left out is
-named), and the embedded shapes with untrained weights and chance beside them. A row is a method: (attn, registers,
-specialize). n counts pretraining runs. A result's `seed` is the probe's, so a run is told by its weights: one file
-(sha256) is one run, and the checkpoints of a run folder are one run, of which the last epoch with a result counts.
-Results of one run in one column (of several probe seeds) enter as their mean.
+The paper's data sets beside the paper's values (complete data and trained weights only; what is left out is named), and
+the embedded shapes with untrained weights and chance beside them. A row is a method: (attn, registers, specialize).
+First mean ± sd over n pretraining runs, then differences: one seed gives every method the same crops in the same order,
+so a run is compared with the CLS baseline of its seed, and the mean difference has a 95 % interval by Student's t.
 
-Refused: a result whose weights have changed since, and a table of unequal models, epochs, protocols or data. A result
-does not say what its weights were trained on: give folders that belong together.
+A result's `seed` is the probe's, so a run is told by its weights: one file (sha256) is one run, and the checkpoints of
+a run folder are one run, of which the last epoch with a result counts. Results of one run in one column (of several
+probe seeds) enter as their mean.
+
+Refused: a result whose weights have changed since, a table of unequal models, epochs, protocols or data, and two runs
+of one method and seed. A result does not say what its weights were trained on: give folders that belong together.
 """
 
 import argparse
 import functools
 import hashlib
-import itertools
 import json
+import math
 import os
 import re
 import statistics
 import sys
 from pathlib import Path
 
-# column: (probe, data, metric)
+BASELINE = "CLS baseline"
+
+
+def metric(name):
+    return lambda r: r["metrics"][name]
+
+
+def last_block(name):
+    """None of a result that lacks it."""
+    return lambda r: r["metrics"].get(name, [None])[-1]
+
+
+def miou(concat_cls=False, best=False):
+    """Of the last block, or the best one where all are there; None of a result that lacks a head this needs."""
+    def value(r):
+        heads = {(head["block"], head["concat_cls"]): head["miou"] for head in r["metrics"].get("heads", [])}
+        depth = r["config"]["depth"]
+        values = [heads.get((block, concat_cls)) for block in range(0 if best else depth - 1, depth)]
+        return None if None in values else max(values)
+    return value
+
+
+# column: (probe, data, value of a result)
 REAL = {
-    "IN-1K top-1 %": ("linear", "imagenet", "top1"),
-    "VOC mIoU %": ("seg", "voc", "miou"),
-    "ADE20K mIoU %": ("seg", "ade20k", "miou"),
-    "Cityscapes mIoU %": ("seg", "cityscapes", "miou"),
-    "NYUv2 RMSE m": ("depth", "nyu", "rmse"),
-    "SUN RGB-D RMSE m": ("depth", "sunrgbd", "rmse"),
-    "KITTI RMSE m": ("depth", "kitti", "rmse"),
+    "IN-1K top-1 %": ("linear", "imagenet", metric("top1")),
+    "VOC mIoU %": ("seg", "voc", metric("miou")),
+    "ADE20K mIoU %": ("seg", "ade20k", metric("miou")),
+    "Cityscapes mIoU %": ("seg", "cityscapes", metric("miou")),
+    "NYUv2 RMSE m": ("depth", "nyu", metric("rmse")),
+    "SUN RGB-D RMSE m": ("depth", "sunrgbd", metric("rmse")),
+    "KITTI RMSE m": ("depth", "kitti", metric("rmse")),
 }
-SHAPES = {
-    "k-NN top-1 %": ("knn", "shapes", "top1"),
-    "linear top-1 %": ("linear", "shapes", "top1"),
-    "mIoU %": ("seg", "shapes", "miou"),
-    "RMSE m": ("depth", "shapes", "rmse"),
-    "PiB %": ("pib", "shapes", "pib"),                              # of the last block
+SHAPES = {                                                          # and chance, or the best constant
+    "k-NN top-1 %": ("knn", "shapes", metric("top1"), lambda r: 100 / r["protocol"]["classes"]),
+    "linear top-1 %": ("linear", "shapes", metric("top1"), lambda r: 100 / r["protocol"]["classes"]),
+    "mIoU %": ("seg", "shapes", miou(), metric("miou_constant")),
+    "mIoU % best block": ("seg", "shapes", miou(best=True), metric("miou_constant")),
+    "mIoU % + [CLS]": ("seg", "shapes", miou(concat_cls=True), metric("miou_constant")),
+    "RMSE m": ("depth", "shapes", metric("rmse"), metric("rmse_constant")),
+    "PiB %": ("pib", "shapes", lambda r: r["metrics"]["pib"][-1], metric("chance")),
+    "own class AUC %": ("pib", "shapes", last_block("auc_own"), lambda r: 50),
+    "other class AUC %": ("pib", "shapes", last_block("auc_other"), lambda r: 50),
+    "background AUC %": ("pib", "shapes", last_block("auc_background"), lambda r: 50),
 }
+LEGEND = ("mIoU, PiB and AUC are of the last block, the best block is each run's own, and + [CLS] puts it beside every "
+          "patch. AUC of linear classifiers of single patches: the class of the patch's own card; which others are in "
+          "the scene; the same of background patches.")
 PAPER = {                                                           # Table 1, one seed: the columns of REAL
-    "CLS baseline": (69.50, 42.80, 19.85, 36.79, 0.834, 0.674, 6.743),
+    BASELINE: (69.50, 42.80, 19.85, 36.79, 0.834, 0.674, 6.743),
     "Register-4": (70.03, 44.34, 19.52, 36.00, 0.814, 0.667, 6.749),
     "Specialization": (70.04, 46.22, 20.51, 36.45, 0.829, 0.660, 6.723),
     "Entmax-1.5": (70.06, 48.78, 21.97, 37.87, 0.829, 0.669, 6.739),
 }
-CHANCE = {                                                          # or the best constant, of a result on shapes
-    "knn": lambda r: 100 / r["protocol"]["classes"],
-    "linear": lambda r: 100 / r["protocol"]["classes"],
-    "seg": lambda r: r["metrics"]["miou_constant"],
-    "depth": lambda r: r["metrics"]["rmse_constant"],
-    "pib": lambda r: r["metrics"]["chance"],
-}
-COLUMNS = {(probe, data): metric for probe, data, metric in [*REAL.values(), *SHAPES.values()]}
-RULE = ("Two methods differ beyond the spread where their means differ by more than the sum of their sds, each of two "
-        "runs or more. That is a reading, not a test: with three seeds each, one pair in twelve of equal methods does "
-        "so by chance.")
 
 
 def parse_args(argv=None):
@@ -87,27 +109,27 @@ def find_results(names):
 
 def method(attn, registers, specialize):
     parts = ["Entmax-1.5"] * (attn == "entmax15") + [f"Register-{registers}"] * (registers > 0)
-    return " + ".join(parts + ["Specialization"] * specialize) or "CLS baseline"
+    return " + ".join(parts + ["Specialization"] * specialize) or BASELINE
 
 
 def read_result(path):
-    """The JSON of a probe with its file, row, run and value, and why no table takes it, or None."""
+    """The JSON of a probe with its file, row, run and {column: value}, and why no table takes it, or None."""
     try:
         result = json.loads(path.read_text())
         probe, data, config, weights = (result[key] for key in ("probe", "data", "config", "weights"))
         untrained = weights == "random" or result["epochs"] == 0
-        metric = COLUMNS.get((probe, data))
-        value = result["metrics"][metric] if metric else None
+        columns = {name: column for name, column in (REAL | SHAPES).items() if column[:2] == (probe, data)}
+        values = {name: v for name, column in columns.items() if (v := column[2](result)) is not None}
         result.update(
-            file=str(path), untrained=untrained, value=value[-1] if probe == "pib" and metric else value,
+            file=str(path), untrained=untrained, values=values, run=run_of(result, path),
+            run_seed=result.get("run_seed"),                        # of foreign and of older files unknown
             row="untrained, " * untrained + method(*(config[key] for key in ("attn", "registers", "specialize"))),
-            run=run_of(result, path), left_out=f"no column for {probe} on {data}" if not metric else None,
+            chance={name: chance(result) for name, column in columns.items() for chance in column[3:]},
+            left_out=None if values else f"no column for {probe} on {data}" + ", of these blocks" * bool(columns),
         )
-        if data == "shapes":
-            result["chance"] = CHANCE[probe](result)
-        elif metric:
+        if values and data != "shapes":
             result["left_out"] = "partial data" if result["protocol"]["partial"] else "untrained" if untrained else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a result of the probes ({type(error).__name__}: {error}); remove it, or run its "
                          "probe again") from error
     return result
@@ -180,39 +202,71 @@ def refuse_unequal(results, what, view):
                              "like the other, or give only files that belong together")
 
 
+def refuse_equal_seeds(results):
+    first = {}
+    for b in (r for r in results if r["run_seed"] is not None):
+        a = first.setdefault((b["row"], b["run_seed"]), b)
+        if a["run"] != b["run"]:
+            raise ValueError(f"{a['file']} and {b['file']}: two runs of {b['row']} with seed {b['run_seed']}, and only "
+                             "one can be compared with the baseline's; give one of them")
+
+
+# ------------------------------------------------------------------------------------------- statistics
+def t_quantile(df):
+    """97.5 % quantile of Student's t with df degrees of freedom, a whole number >= 1. P(|T| < t) has a closed form in
+    the angle atan(t / sqrt(df)), Abramowitz & Stegun 26.7.3 and 26.7.4, which is bisected."""
+    def inside(angle):
+        odd, total = df % 2, 0
+        term = math.cos(angle) ** odd
+        for power in range(odd, df - 1, 2):
+            total += term
+            term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+        total *= math.sin(angle)
+        return (angle + total) * 2 / math.pi if odd else total
+
+    low, high = 0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def compare(cell, baseline):
+    """Over the seeds that both cells have: the differences, their mean and its 95 % interval (None of a single one)."""
+    mine, other = (dict(zip(c["seeds"], c["values"], strict=True)) for c in (cell, baseline))
+    seeds = sorted(mine.keys() & other.keys() - {None})
+    differences, n, low, high = [mine[seed] - other[seed] for seed in seeds], len(seeds), None, None
+    mean = statistics.fmean(differences) if seeds else None
+    if n > 1:
+        half = t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+        low, high = mean - half, mean + half
+    return dict(n=n, seeds=seeds, differences=differences, mean=mean, low=low, high=high,
+                leaves_out_0=not low <= 0 <= high if n > 1 else None)
+
+
 # ------------------------------------------------------------------------------------------- tables
-def cell(results):
+def cell(results, column):
     """Over runs; sd is None of a single one."""
-    by_run = {}
+    runs = {}
     for r in results:
-        by_run.setdefault(r["run"], []).append(r["value"])
-    values = [statistics.fmean(values) for values in by_run.values()]
+        runs.setdefault(r["run"], []).append(r)
+    values = [statistics.fmean(r["values"][column] for r in rs) for rs in runs.values()]
     return dict(n=len(values), mean=statistics.fmean(values),
                 sd=statistics.stdev(values) if len(values) > 1 else None, values=values,
+                seeds=[next(iter({r["run_seed"] for r in rs} - {None}), None) for rs in runs.values()],
                 files=[r["file"] for r in results])
-
-
-def compare(rows, column):
-    """Every pair of trained rows with n >= 2: difference of the means, sum of the sds, and whether it is less."""
-    known = [r for r in rows if not r["untrained"] and column in r["cells"] and r["cells"][column]["n"] > 1]
-    pairs = []
-    for b, a in itertools.combinations(known, 2):
-        x, y = a["cells"][column], b["cells"][column]
-        difference, spread = x["mean"] - y["mean"], x["sd"] + y["sd"]
-        pairs.append(dict(column=column, methods=[a["method"], b["method"]], difference=difference, spread=spread,
-                          beyond=abs(difference) > spread))
-    return pairs
 
 
 def make_table(title, columns, results, paper):
     """Everything that is printed of one table, in plain types. `paper`: {method: values of the columns}."""
-    taken = {name: [r for r in results if columns[name][:2] == (r["probe"], r["data"])] for name in columns}
-    results = list(itertools.chain(*taken.values()))
+    taken = {name: [r for r in results if name in r["values"]] for name in columns}
+    results = [r for r in results if r["values"].keys() & columns.keys()]
     trained = [r for r in results if not r["untrained"]]
     for r in results:
         check_weights(r)
     refuse_unequal(results, "different models", architecture)
     refuse_unequal(trained, "different weights", lambda r: {key: r[key] for key in ("epochs", "which")})
+    refuse_equal_seeds(trained)
     for name in columns:
         refuse_other_data(taken[name], name)
         refuse_unequal(taken[name], f"{name} of different protocols", lambda r: r["protocol"])
@@ -223,13 +277,17 @@ def make_table(title, columns, results, paper):
         mine = {name: [r for r in taken[name] if r["row"] == row] for name in columns}
         rows.append(dict(
             method=row, untrained=row.startswith("untrained"), n=len({r["run"] for rs in mine.values() for r in rs}),
-            cells={name: cell(rs) for name, rs in mine.items() if rs},
+            cells={name: cell(rs, name) for name, rs in mine.items() if rs},
             paper=dict(zip(columns, paper[row], strict=True)) if row in paper else None,
             not_measured=[name for name, rs in mine.items() if not rs],
         ))
+    trained_rows = {row["method"]: row["cells"] for row in rows if not row["untrained"]}
+    baseline = trained_rows.pop(BASELINE, {})
+    pairs = [dict(column=name, method=row, baseline=BASELINE, **compare(cells[name], baseline[name]))
+             for name in columns for row, cells in trained_rows.items() if name in cells and name in baseline]
     return dict(
-        title=title, columns=list(columns), rows=rows, pairs=[p for name in columns for p in compare(rows, name)],
-        chance={} if paper else {name: rs[0]["chance"] for name, rs in taken.items() if rs},
+        title=title, columns=list(columns), rows=rows, pairs=[pair for pair in pairs if pair["n"]],
+        chance={name: rs[0]["chance"][name] for name, rs in taken.items() if rs and name in rs[0]["chance"]},
         centre=next((r["metrics"]["centre"] for r in results if "centre" in r["metrics"]), None),
         model=architecture(results[0]) if results else None,
         epochs=trained[0]["epochs"] if trained else None, which=trained[0]["which"] if trained else None,
@@ -251,57 +309,76 @@ def number(value, column, sign=""):
     return format(value, sign + (".3f" if column.endswith(" m") else ".2f"))
 
 
-def show(row, column):
-    if column not in row["cells"]:
+def show(cell, column, n):
+    if not cell:
         return "–"
-    c = row["cells"][column]
-    return (number(c["mean"], column) + (f" ± {number(c['sd'], column)}" if c["sd"] is not None else "")
-            + f" (n = {c['n']})" * (c["n"] != row["n"]))
+    spread = f" ± {number(cell['sd'], column)}" if cell["sd"] is not None else ""
+    return number(cell["mean"], column) + spread + f" (n = {cell['n']})" * (cell["n"] != n)
 
 
-def markdown_table(table):
-    columns, lines = table["columns"], []
+def show_pair(pair, column, n):
+    if not pair:
+        return "–"
+    text = number(pair["mean"], column, "+")
+    if pair["n"] > 1:
+        text += f" [{number(pair['low'], column, '+')}, {number(pair['high'], column, '+')}]"
+    return (f"**{text}**" if pair["leaves_out_0"] else text) + f" (n = {pair['n']})" * (pair["n"] != n)
 
-    def line(*cells):
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
 
-    line("method", "n", *columns)
-    line(*["---"] * (2 + len(columns)))
+def grid(columns, lines):
+    lines = [["method", "n", *columns], ["---"] * (2 + len(columns)), *lines]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def means(table):
+    columns, chance, lines = table["columns"], table["chance"], []
     for row in table["rows"]:
         if row["paper"]:
-            line(row["method"] + ", paper", 1, *(number(row["paper"][name], name) for name in columns))
+            lines.append([row["method"] + ", paper", 1, *(number(row["paper"][name], name) for name in columns)])
         if table["model"]:
-            line(row["method"] + ", here" * bool(row["paper"]), row["n"], *(show(row, name) for name in columns))
-    if table["chance"]:
-        line("chance, or the best constant", "", *(number(table["chance"][name], name) if name in table["chance"]
-                                                   else "–" for name in columns))
-    return lines
+            lines.append([row["method"] + ", here" * bool(row["paper"]), row["n"],
+                          *(show(row["cells"].get(name), name, row["n"]) for name in columns)])
+    if chance:
+        lines.append(["chance, or the best constant", "",
+                      *(number(chance[name], name) if name in chance else "–" for name in columns)])
+    return grid(columns, lines)
 
 
-def reading(table):
-    """Lines on which pairs of methods differ by more than their spread."""
-    lines = []
-    for column in table["columns"]:
-        pairs = {True: [], False: []}
-        for p in (p for p in table["pairs"] if p["column"] == column):
-            pairs[p["beyond"]].append(f"{' against '.join(p['methods'])} {number(p['difference'], column, '+')} "
-                                      f"(spread {number(p['spread'], column)})")
-        alone = [row["method"] for row in table["rows"]
-                 if not row["untrained"] and column in row["cells"] and row["cells"][column]["n"] == 1]
-        parts = {"beyond the spread": pairs[True], "within it": pairs[False], "n = 1, nothing to say": alone}
-        if any(parts.values()):
-            lines.append(f"- {column}: " + "; ".join(f"{name}: {', '.join(v)}" for name, v in parts.items() if v))
-    return lines
+def differences(table):
+    """Blocks on the pairs, and on what has none."""
+    columns, pairs, lines, alone, blocks = table["columns"], table["pairs"], [], [], []
+    rows = {row["method"]: row["cells"] for row in table["rows"] if row["cells"] and not row["untrained"]}
+    if rows and rows.pop(BASELINE, None) is None:
+        return [f"Nothing is compared: no trained {BASELINE} is among the results."]
+    for method, cells in rows.items():
+        mine = {pair["column"]: pair for pair in pairs if pair["method"] == method}
+        if mine:
+            n = max(pair["n"] for pair in mine.values())
+            lines.append([method, n, *(show_pair(mine.get(name), name, n) for name in columns)])
+        if cells.keys() - mine:
+            alone.append(f"{method} ({', '.join(name for name in cells if name not in mine) if mine else 'all'})")
+    if lines:
+        blocks += [f"#### Difference to the {BASELINE} of the same seed", grid(columns, lines),
+                   "Mean over n seeds [95 % interval by Student's t, from two seeds on]; bold: it leaves out 0."]
+    if intervals := [pair["leaves_out_0"] for pair in pairs if pair["n"] > 1]:
+        blocks[-1] += (f" Comparisons with an interval: {len(intervals)}, of which {sum(intervals)} leave out 0, where "
+                       f"{len(intervals) / 20:g} would by chance if all methods were equal; columns of the same "
+                       "networks are not independent.")
+    if alone:
+        blocks.append(f"Not compared, without a known seed in common with the {BASELINE}: {'; '.join(alone)}.")
+    return blocks
 
 
 def markdown(content):
     blocks = []
     for table in content["tables"]:
-        blocks += [f"### {table['title']}", "\n".join(markdown_table(table))]
+        blocks += [f"### {table['title']}", means(table)]
         if table["model"]:
             blocks.append("n counts pretraining runs, ± is their sample sd. Model: "
                           + ", ".join(f"{key} {value}" for key, value in table["model"].items())
                           + (f"; {table['which']} after epoch {table['epochs']}." if table["which"] else "."))
+        if table["chance"]:
+            blocks.append(LEGEND)
         if table["centre"] is not None:
             blocks.append(f"Chance of PiB is that of a random patch; always answering the centre has "
                           f"{number(table['centre'], 'PiB %')}.")
@@ -309,8 +386,7 @@ def markdown(content):
                    for row in table["rows"] if row["not_measured"]] if table["model"] else ["all of it"]
         if missing:
             blocks.append("Not measured here: " + "; ".join(missing) + ".")
-        if lines := reading(table):
-            blocks += [RULE, "\n".join(lines)]
+        blocks += differences(table)
     if content["left_out"]:
         blocks.append("Left out: " + ", ".join(f"{r['file']} ({r['why']})" for r in content["left_out"]) + ".")
     return "\n\n".join(blocks)

@@ -20,7 +20,7 @@ def away(tmp_path, monkeypatch):
 
 
 def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None, protocol=(), content=None, seed=0,
-        which="teacher", metrics=(), **config):
+        which="teacher", metrics=(), run_seed=None, **config):
     """A weights file with `content` (default: its own path) and a probe's result on it; returns the result's path."""
     sha = None
     if weights != "random":
@@ -28,14 +28,22 @@ def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None
         Path(weights).write_text(content or str(weights))
         sha = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     value = dict(pib=[99.0, value], chance=27.5) if probe == "pib" else {METRIC[probe]: value}
+    if probe == "seg":
+        value["heads"] = [dict(block=3, concat_cls=False, miou=value["miou"])]
     metrics = value | dict(miou_constant=7.9, rmse_constant=3.6) | dict(metrics)
     out = Path(out or f"{str(weights).removesuffix('.pt')}.{probe}.{data}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(
         probe=probe, data=data, weights=str(weights), weights_sha256=sha, which=which, epochs=epochs, seed=seed,
-        config=CONFIG | config, metrics=metrics,
+        run_seed=run_seed, config=CONFIG | config, metrics=metrics,
         protocol=dict(probe=probe, data=data, classes=10, val=1000, partial=partial) | dict(protocol))))
     return out
+
+
+def every_column(value):
+    """Metrics beside the headline such that each column of shapes has `value`."""
+    return dict(heads=[dict(block=b, concat_cls=c, miou=value - (b < 3)) for b in range(4) for c in (False, True)],
+                **{name: [99.0, value] for name in ("auc_own", "auc_other", "auc_background")})
 
 
 def run(capsys, *argv):
@@ -67,12 +75,13 @@ def markdown_row(text, start):
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 def test_mean_and_sample_sd_by_hand(capsys):
-    """1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7; PiB is that of the last block."""
+    """1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7; PiB and AUC are those of the last block."""
     for seed, value in enumerate([1.0, 2.0, 6.0]):
         for probe, data in ALL:
-            put(f"runs/a_s{seed}/checkpoint_0024.pt", probe, value, data)
+            put(f"runs/a_s{seed}/checkpoint_0024.pt", probe, value, data, metrics=every_column(value))
     put("runs/b_s0/checkpoint_0024.pt", "depth", 2.3456, attn="entmax15")
     _, shapes, _ = tables(capsys)
+    assert len(shapes["columns"]) == 10
     for name in shapes["columns"]:
         cell = row(shapes, "CLS baseline")["cells"][name]
         assert (cell["n"], cell["mean"], cell["values"]) == (3, 3.0, [1.0, 2.0, 6.0])
@@ -80,11 +89,14 @@ def test_mean_and_sample_sd_by_hand(capsys):
     one = row(shapes, "Entmax-1.5")
     assert one["n"] == 1 and one["cells"]["RMSE m"]["sd"] is None
     text = run(capsys)
+    assert ("| k-NN top-1 % | linear top-1 % | mIoU % | mIoU % best block | mIoU % + [CLS] | RMSE m | PiB % | "
+            "own class AUC % | other class AUC % | background AUC % |\n") in text
     assert markdown_row(text, "CLS baseline") == (
-        "| CLS baseline | 3 | 3.00 ± 2.65 | 3.00 ± 2.65 | 3.00 ± 2.65 | 3.000 ± 2.646 | 3.00 ± 2.65 |")
-    assert markdown_row(text, "Entmax-1.5") == "| Entmax-1.5 | 1 | – | – | – | 2.346 | – |"
-    assert markdown_row(text, "chance, or the best constant").endswith("| 10.00 | 10.00 | 7.90 | 3.600 | 27.50 |")
-    assert "Not measured here: Entmax-1.5 (k-NN top-1 %, linear top-1 %, mIoU %, PiB %)." in text
+        "| CLS baseline | 3 |" + " 3.00 ± 2.65 |" * 5 + " 3.000 ± 2.646 |" + " 3.00 ± 2.65 |" * 4)
+    assert markdown_row(text, "Entmax-1.5") == "| Entmax-1.5 | 1 | – | – | – | – | – | 2.346 | – | – | – | – |"
+    assert markdown_row(text, "chance, or the best constant").endswith(
+        "| 10.00 | 10.00 | 7.90 | 7.90 | 7.90 | 3.600 | 27.50 | 50.00 | 50.00 | 50.00 |")
+    assert "Not measured here: Entmax-1.5 (k-NN top-1 %, linear top-1 %, mIoU %, mIoU % best block, mIoU" in text
 
 
 def test_rows_are_methods(capsys):
@@ -100,6 +112,30 @@ def test_rows_are_methods(capsys):
     assert [r["cells"]["k-NN top-1 %"]["mean"] for r in shapes["rows"]] == [10, 11, 12, 13, 14, 15]
     assert all(r["paper"] is None for r in shapes["rows"])
     assert [r["method"] for r in paper["rows"]] == list(methods)[:4]
+
+
+def test_the_heads_that_a_column_needs(capsys):
+    """The best block's [CLS] is not looked at; of fewer heads, or none of the last block, there is no such value."""
+    miou = {(0, False): 41.0, (1, False): 45.0, (2, False): 43.0, (3, False): 42.0, (3, True): 44.0, (1, True): 60.0}
+
+    def put_heads(name, kinds, **config):
+        heads = [dict(block=b, concat_cls=c, miou=miou[b, c]) for b, c in kinds]
+        return put(f"runs/{name}/checkpoint_0024.pt", "seg", heads[0]["miou"], metrics=dict(heads=heads), **config)
+
+    put_heads("all", sorted(miou))
+    put_heads("last", [(3, False), (3, True)], registers=4)
+    put_heads("some", [(0, False), (1, False), (3, False)], specialize=True)
+    none = put_heads("none", [(0, False), (1, True)], attn="entmax15")
+    old = put("runs/old/checkpoint_0024.pt", "seg", 42.0, metrics=dict(heads=[]), attn="entmax15")
+    _, shapes, content = tables(capsys)
+    assert {r["method"]: {name: c["mean"] for name, c in r["cells"].items()} for r in shapes["rows"]} == {
+        "CLS baseline": {"mIoU %": 42.0, "mIoU % best block": 45.0, "mIoU % + [CLS]": 44.0},
+        "Register-4": {"mIoU %": 42.0, "mIoU % + [CLS]": 44.0}, "Specialization": {"mIoU %": 42.0}}
+    assert {r["file"]: r["why"] for r in content["left_out"]} == dict.fromkeys(
+        map(str, (none, old)), "no column for seg on shapes, of these blocks")
+    text = run(capsys)
+    assert markdown_row(text, "Specialization") == "| Specialization | 1 | – | – | 42.00 |" + " – |" * 7
+    assert "Specialization (k-NN top-1 %, linear top-1 %, mIoU % best block, mIoU % + [CLS], RMSE m, PiB %, own" in text
 
 
 def test_only_the_last_epoch_of_a_run_counts(capsys):
@@ -214,30 +250,104 @@ def test_what_the_papers_table_does_not_take_is_named(capsys):
     assert f"{partial} (partial data)" in run(capsys)
 
 
-# ---- differences and spread -----------------------------------------------------------------------------------------
+# ---- differences, seed by seed --------------------------------------------------------------------------------------
 
-def test_which_differences_exceed_the_spread(capsys):
-    """sd of (x - 1, x, x + 1) is 1, of (x - 2, x, x + 2) 2: the limit between the two methods is 3."""
-    def seeds(name, mean, sd, n=3, **config):
-        for i in range(n):
-            put(f"runs/{name}{i}/checkpoint_0024.pt", "knn", mean + sd * (i - 1), **config)
+@pytest.mark.parametrize("df, quantile", [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (4, 2.7764451),
+                                          (9, 2.2621572), (30, 2.0422725), (120, 1.9799304)])
+def test_quantiles_of_the_textbook(df, quantile):
+    assert table1.t_quantile(df) == pytest.approx(quantile, abs=1e-6)
 
-    seeds("a", 50.0, 1)
-    seeds("b", 52.5, 2, registers=4)                                # 2.5 < 3: within
-    seeds("c", 45.5, 2, specialize=True)                            # -4.5 from a: beyond; -7 from b, limit 4: beyond
-    seeds("d", 90.0, 1, n=1, attn="entmax15")
-    seeds("e", 20.0, 1, epochs=0)                                   # a control: no method to compare
+
+def put_seeds(name, values, probe="knn", **config):
+    """A run of each {seed: value}."""
+    return [put(f"runs/{name}_s{seed}/checkpoint_0024.pt", probe, value, run_seed=seed, **config)
+            for seed, value in values.items()]
+
+
+def test_interval_by_hand(capsys):
+    """The baseline's seeds lie 10 apart, the differences 1: 1, 2 and 3 have mean 2 and sd 1, so the interval is
+    2 -+ 4.302653 / sqrt(3) = 2 -+ 2.484138. 3, 4 and 5: 4 -+ 2.484138 leaves out 0, as -4 -+ 2.484138 does."""
+    base = {0: 50.0, 1: 70.0, 2: 60.0}
+    put_seeds("a", base)
+    for name, shift, config in (("b", 1, dict(registers=4)), ("c", 3, dict(specialize=True)),
+                                ("d", -5, dict(attn="entmax15"))):
+        put_seeds(name, {seed: value + shift + seed for seed, value in base.items()}, **config)
+    put_seeds("e", base, epochs=0)                                  # controls: shown, and no method to compare
+    put_seeds("f", base, epochs=0, registers=4)
     _, shapes, _ = tables(capsys)
-    assert [r["method"] for r in shapes["rows"]] == [*table1.PAPER, "untrained, CLS baseline"]
-    pairs = {tuple(p["methods"]): (p["difference"], p["spread"], p["beyond"]) for p in shapes["pairs"]}
-    assert len(pairs) == 3
-    assert pairs["Register-4", "CLS baseline"] == (2.5, 3.0, False)
-    assert pairs["Specialization", "CLS baseline"] == (-4.5, 3.0, True)
-    assert pairs["Specialization", "Register-4"] == (-7.0, 4.0, True)
-    line = next(line for line in run(capsys).splitlines() if line.startswith("- k-NN"))
-    assert line == ("- k-NN top-1 %: beyond the spread: Specialization against CLS baseline -4.50 (spread 3.00), "
-                    "Specialization against Register-4 -7.00 (spread 4.00); within it: Register-4 against CLS baseline "
-                    "+2.50 (spread 3.00); n = 1, nothing to say: Entmax-1.5")
+    assert [r["method"] for r in shapes["rows"]] == [
+        *table1.PAPER, "untrained, CLS baseline", "untrained, Register-4"]
+    pairs = {p.pop("method"): p for p in shapes["pairs"]}
+    half, means = 2.484138, {"Register-4": 2.0, "Specialization": 4.0, "Entmax-1.5": -4.0}
+    assert pairs == {
+        name: dict(column="k-NN top-1 %", baseline="CLS baseline", n=3, seeds=[0, 1, 2],
+                   differences=[mean - 1, mean, mean + 1], mean=mean, low=pytest.approx(mean - half, abs=1e-6),
+                   high=pytest.approx(mean + half, abs=1e-6), leaves_out_0=abs(mean) == 4)
+        for name, mean in means.items()}
+    text = run(capsys).partition("#### Difference to the CLS baseline of the same seed")[2]
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "| Register-4 | 3 | +2.00 [-0.48, +4.48] |" + " – |" * 9,
+        "| Specialization | 3 | **+4.00 [+1.52, +6.48]** |" + " – |" * 9,
+        "| Entmax-1.5 | 3 | **-4.00 [-6.48, -1.52]** |" + " – |" * 9]
+    assert ("Comparisons with an interval: 3, of which 2 leave out 0, where 0.15 would by chance if all methods were equal; "
+            "columns of the same networks are not independent.") in text and "Not compared" not in text
+
+
+def test_only_seeds_in_common_are_paired(capsys):
+    """In each column; one pair has no interval and is not counted; n stands where it is not the row's."""
+    put_seeds("a", {0: 1.0, 1: 2.0, 3: 9.0})
+    put_seeds("a", {0: 1.5, 1: 1.0}, "depth")
+    put_seeds("b", {3: 10.0, 2: 99.0, 1: 4.0}, attn="entmax15")
+    put_seeds("b", {1: 1.25, 2: 9.0}, "depth", attn="entmax15")
+    put_seeds("b", {1: 50.0}, "linear", attn="entmax15")            # not measured of the baseline
+    put_seeds("c", {5: 3.0}, registers=4)
+    _, shapes, _ = tables(capsys)
+    assert [(p["column"], p["method"], p["n"], p["seeds"], p["differences"]) for p in shapes["pairs"]] == [
+        ("k-NN top-1 %", "Entmax-1.5", 2, [1, 3], [2.0, 1.0]), ("RMSE m", "Entmax-1.5", 1, [1], [0.25])]
+    assert [shapes["pairs"][1][key] for key in ("mean", "low", "high", "leaves_out_0")] == [0.25, None, None, None]
+    text = run(capsys).partition("####")[2]                         # 1.5 -+ 12.7062 * 0.70711 / sqrt(2)
+    assert markdown_row(text, "Entmax-1.5") == (
+        "| Entmax-1.5 | 2 | +1.50 [-4.85, +7.85] | – | – | – | – | +0.250 (n = 1) | – | – | – | – |")
+    assert "with an interval: 1, of which 0 leave out 0, where 0.05 would" in text and "| Register-4" not in text
+    assert ("Not compared, without a known seed in common with the CLS baseline: Register-4 (all); "
+            "Entmax-1.5 (linear top-1 %).") in text
+
+
+def test_results_of_one_run_are_one_pair(capsys):
+    """Of two probe seeds: (2 + 4) / 2 - 1; and the seed of one of them is that of the run."""
+    put_seeds("a", {0: 1.0})
+    put_seeds("b", {0: 2.0}, attn="entmax15")
+    put("runs/b_s0/checkpoint_0024.pt", "knn", 4.0, seed=1, out="runs/b_s0/again.knn.shapes.json", attn="entmax15")
+    assert [p["differences"] for p in tables(capsys)[1]["pairs"]] == [[2.0]]
+    text = run(capsys)
+    assert "| Entmax-1.5 | 1 | +2.00 |" in text and "Comparisons" not in text.partition("####")[2]
+
+
+def test_without_seeds_nothing_is_paired(capsys):
+    """Of foreign files (null) and of results from before they said it (absent)."""
+    for name, config in (("a", {}), ("b", dict(registers=4))):
+        path = put(f"runs/{name}/checkpoint_0024.pt", "knn", 1.0, **config)
+    content = json.loads(path.read_text())
+    del content["run_seed"]
+    path.write_text(json.dumps(content))
+    assert not tables(capsys)[1]["pairs"]
+    text = run(capsys)
+    assert "####" not in text and "in common with the CLS baseline: Register-4 (all)." in text
+
+
+def test_without_the_baseline_nothing_is_compared(capsys):
+    put_seeds("b", {0: 1.0}, registers=4)
+    put_seeds("c", {0: 1.0}, attn="entmax15")
+    put_seeds("u", {0: 1.0}, epochs=0)
+    assert not tables(capsys)[1]["pairs"]
+    assert (text := run(capsys)).count("Nothing is compared: no trained CLS baseline is among the results.") == 1
+    assert "####" not in text
+
+
+def test_real_data_of_one_seed_have_differences_without_interval(capsys):
+    put_seeds("a", {0: 42.0}, "seg", data="voc")
+    put_seeds("b", {0: 48.5}, "seg", data="voc", attn="entmax15")
+    assert "| Entmax-1.5 | 1 | – | +6.50 | – | – | – | – | – |" in run(capsys)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -302,6 +412,18 @@ def test_drop_path_acts_in_training_only(capsys):
     put("runs/a/checkpoint_0024.pt", "knn", 1.0)
     put("runs/b/checkpoint_0024.pt", "knn", 1.0, drop_path=0.1)
     assert row(tables(capsys)[1], "CLS baseline")["n"] == 2
+
+
+@pytest.mark.parametrize("config", [{}, dict(registers=4)])
+def test_two_runs_of_one_seed_are_refused(config, capsys):
+    a, = put_seeds("a", {3: 1.0}, **config)
+    b, = put_seeds("b", {3: 1.0}, "seg", **config)
+    assert (message := refused("runs")).startswith(f"{a} and {b}: two runs of {'Register-4' if config else 'CLS base'}")
+    assert "seed 3" in message and message.endswith("give one of them")
+    put_seeds("b", {3: 1.0}, "seg", attn="entmax15")                # another method's
+    put_seeds("u", {3: 1.0}, epochs=0)                              # controls of equal seeds do no harm
+    put_seeds("v", {3: 1.0}, epochs=0)
+    run(capsys)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"probe": "knn", "data": "shapes"}', "\udcff"])
