@@ -72,8 +72,8 @@ SHAPES = {                                                          # and chance
     "background AUC %": ("pib", "shapes", last_block("auc_background"), lambda r: 50),
 }
 LEGEND = ("mIoU, PiB and AUC are of the last block, the best block is each run's own, and + [CLS] puts it beside every "
-          "patch. AUC of linear classifiers of single patches: the class of the patch's own card; which others are in "
-          "the scene; the same of background patches.")
+          "patch. AUC: how well a linear classifier tells from one patch the class of its own card, which other "
+          "classes are in the scene, or, of a patch of background, which classes are.")
 PAPER = {                                                           # Table 1, one seed: the columns of REAL
     BASELINE: (69.50, 42.80, 19.85, 36.79, 0.834, 0.674, 6.743),
     "Register-4": (70.03, 44.34, 19.52, 36.00, 0.814, 0.667, 6.749),

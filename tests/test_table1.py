@@ -289,8 +289,8 @@ def test_interval_by_hand(capsys):
         "| Register-4 | 3 | +2.00 [-0.48, +4.48] |" + " – |" * 9,
         "| Specialization | 3 | **+4.00 [+1.52, +6.48]** |" + " – |" * 9,
         "| Entmax-1.5 | 3 | **-4.00 [-6.48, -1.52]** |" + " – |" * 9]
-    assert ("Comparisons with an interval: 3, of which 2 leave out 0, where 0.15 would by chance if all methods were equal; "
-            "columns of the same networks are not independent.") in text and "Not compared" not in text
+    assert ("Comparisons with an interval: 3, of which 2 leave out 0, where 0.15 would by chance if all methods were "
+            "equal; columns of the same networks are not independent.") in text and "Not compared" not in text
 
 
 def test_only_seeds_in_common_are_paired(capsys):
