@@ -15,10 +15,21 @@ patches to [CLS] and to registers, share of high-norm patches (> 5 x the median 
 cosine of [CLS] with the patches inside and outside the box. The last line printed for each file is its result as JSON,
 also written to --out.
 
-    B images, T tokens = 1 + R + N, H heads, h x w grid of patches
+Leaked meaning, of --data shapes only and not in the paper, which shows diffusion by PiB, masks and probes. For every
+block: what a linear readout tells from one patch in scenes of several cards at twice the side.
+    own           the class that fills half of the patch
+    other         from such a patch, the classes in the scene that are not near it: within two patches, at most
+    background    the classes in the scene, from a patch without a card near
+The score is an AUC within patches: of two classes, one there and one not, how often has the first the higher score?
+Classes of cards are independent, so what lies near tells nothing of which are farther off, and chance is 50. It does
+tell how many are left to find, which an AUC over patches, class by class, would count: `other` is 58 then from the
+classes near the patch, 60 from their number and 56 from its position alone, and 48.5 to 50 here.
+
+    B images, T tokens = 1 + R + N, H heads, h x w grid of patches; M or m patches, C classes
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import math
@@ -33,9 +44,14 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import vit
-from shapes import FINGERPRINT, Shapes
+from shapes import CLASSES, FINGERPRINT, Shapes
 
 HIGH = 5                                                            # times the median norm of the image's patches
+DAMAGED = "its features are not finite; the weights are damaged"
+# leaked meaning
+CARDS, SCENES = 5, dict(train=600, val=300)                         # at most in a scene; to fit and to measure
+WINDOW = 5                                                          # patches across, what counts as near the middle one
+RIDGE = 1e-3                                                        # times the squared weights: the penalty on the MSE
 
 
 # ------------------------------------------------------------------------------------------- the measure
@@ -88,13 +104,105 @@ def measure(model, images, args, device):
                     seen.setdefault(name, []).append(values.double().cpu())
             finite &= bool(x.isfinite().all())
     if not finite:
-        raise ValueError("its features are not finite; the weights are damaged")
+        raise ValueError(DAMAGED)
     means = {name: torch.stack([torch.cat(seen[name]).nanmean(0) for seen in signs]) for name in signs[0]}
     boxes = torch.cat(boxes)                                        # (n, h, w)
     overlapped = boxes.flatten(1).sum(1)
     return means, dict(chance=100 * overlapped.double().mean().item() / boxes[0].numel(),
                        centre=100 * centre(boxes).mean().item(), n=len(boxes), missed=int((overlapped == 0).sum()),
                        tokens=weights.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------- leaked meaning
+def card_maps(mask, patch):
+    """(3, N, C) bool of an (S, S) mask, 0 = background, 1 + class: the class fills at least half of the patch; has a
+    pixel in the patch's window, which the picture's edge cuts; has one in the scene."""
+    side = len(mask) // patch
+    pixels = F.one_hot(mask.long(), 1 + len(CLASSES)).view(side, patch, side, patch, -1).sum((1, 3))[..., 1:]
+    there = pixels > 0                                              # (h, w, C)
+    near = F.max_pool2d(there.float().movedim(2, 0), WINDOW, 1, WINDOW // 2).movedim(0, 2) > 0
+    return torch.stack([2 * pixels >= patch**2, near, there.any(0).any(0).expand_as(there)]).flatten(1, 2)
+
+
+def questions(own, near, present):
+    """{kind: (patches that are asked (M,), which of them about class c (m, 1 or C), answers (m, C))} of (M, C) maps."""
+    card, bare = own.any(1, keepdim=True), ~near.any(1, keepdim=True)
+    asked = dict(own=(card, own), other=(card & ~near, present), background=(bare, present))
+    return {kind: (part.any(1), part[part.any(1)], answers[part.any(1)]) for kind, (part, answers) in asked.items()}
+
+
+class Readout:
+    """Ridge regression of C answers, 0 or 1, on standardised features, from sums over batches of patches."""
+
+    def __init__(self):
+        self.gram = self.cross = 0                                  # (1 or C, D + 1, D + 1), (D + 1, C)
+
+    def add(self, x, part, answers):
+        """x (m, D + 1), the last of them 1; part and answers as of `questions`."""
+        left_out = [x[~asked] for asked in part.T]                  # few, so cheaper than the product of the others
+        self.gram = self.gram + x.T @ x - torch.stack([y.T @ y for y in left_out])
+        self.cross = self.cross + x.T @ (part & answers).to(x)
+
+    def solve(self):
+        """(D + 1, C): x @ it are scores, of mean 0 for every class, however common it is."""
+        n = self.gram[:, -1, -1:].clamp(min=1)                      # (1 or C, 1)
+        mean, share = self.gram[:, -1, :-1] / n, self.cross[-1:].T / n          # (1 or C, D), (C, 1)
+        covariance = self.gram[:, :-1, :-1] / n[..., None] - mean[:, :, None] * mean[:, None]
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        # times the variance: the penalty of features that are divided by their deviation. A constant one has none.
+        penalty = (RIDGE * variance).where(variance > 1e-12 * mean**2, 1)
+        target = self.cross[:-1].T / n - mean * share               # (C, D)
+        slopes = torch.linalg.solve(covariance + penalty.diag_embed(), target[..., None])[..., 0]
+        return torch.cat([slopes, -(slopes * mean).sum(1, keepdim=True)], 1).T
+
+
+def compare(scores, part, answers):
+    """(2,): pairs of classes, one there and one not, won less lost by the first; all pairs. All (m, C)."""
+    pairs = (part & answers)[:, :, None] & (part & ~answers)[:, None]
+    return torch.stack([(scores[:, :, None] - scores[:, None]).sign()[pairs].sum(dtype=torch.double), pairs.sum()])
+
+
+def read_classes(train, val):
+    """{kind: [AUC in % of each block]} from batches of ([features (M, D) of each block], maps (3, M, C)) of patches."""
+    def asked(batches):
+        for blocks, maps in batches:
+            for kind, (where, *of_classes) in questions(*maps).items():
+                for b, x in enumerate(blocks):
+                    yield (kind, b), F.pad(x[where].double(), (0, 1), value=1), *of_classes
+
+    readouts, counts = collections.defaultdict(Readout), collections.defaultdict(int)
+    for key, *patches in asked(train):
+        readouts[key].add(*patches)
+    weights = {key: readout.solve() for key, readout in readouts.items()}
+    for key, x, part, answers in asked(val):
+        counts[key] += compare((x @ weights[key]).float(), part, answers)       # equal if they are but for rounding
+    found = collections.defaultdict(list)
+    for (kind, _), (lead, pairs) in counts.items():                 # in the order of the blocks
+        found[kind].append((50 + 50 * lead / pairs).item())
+    return dict(found)
+
+
+@functools.lru_cache(maxsize=2)                                     # train and val, not anew for every checkpoint
+def crowds(split, length, size, patch):
+    """Images (n, 3, S, S) uint8 and maps (n, 3, N, C) of scenes of several cards."""
+    pairs = [(s["image"], card_maps(s["mask"], patch)) for s in Shapes(split, size, length, cards=CARDS)]
+    return [torch.stack(values) for values in zip(*pairs, strict=True)]
+
+
+@torch.inference_mode()
+def leaked_meaning(model, args, device):
+    """dict(auc_own=[% of each block], auc_other, auc_background); NaN where there is no pair."""
+    def batches(split):
+        scenes = crowds(split, SCENES[split], 2 * model.config.image_size, model.config.patch_size)
+        for images, maps in zip(*(values.split(args.batch_size) for values in scenes), strict=True):
+            with checkpoint.autocast(device, args.amp):
+                outputs = model.features(vit.normalize(images.to(device)), norm=not args.raw)
+            blocks = [output.patches.flatten(0, 2) for output in outputs]
+            if not all(x.isfinite().all() for x in blocks):
+                raise ValueError(DAMAGED)
+            yield blocks, maps.to(device).transpose(0, 1).flatten(1, 2)
+
+    return {f"auc_{kind}": values for kind, values in read_classes(batches("train"), batches("val")).items()}
 
 
 # ------------------------------------------------------------------------------------------- pictures and boxes
@@ -228,15 +336,17 @@ def picture_size(path):
 
 
 # ------------------------------------------------------------------------------------------- results
-def print_table(path, means, counts):
+def print_table(path, means, counts, leaks):
     print(f"{path}: n {counts['n']:,}, {counts['missed']:,} of them with the box outside the crop; PiB by chance "
-          f"{counts['chance']:.1f} %, of always the centre {counts['centre']:.1f} %")
-    print(f"block  PiB %  cosine inside  outside  high-norm %  patches attend to [CLS] %  to registers %  "
-          f"support of {counts['tokens']} tokens, by head")
+          f"{counts['chance']:.1f} %, of always the centre {counts['centre']:.1f} %"
+          + "; AUC by chance 50 %" * bool(leaks))
+    print("block  PiB %  cosine inside  outside  high-norm %  patches attend to [CLS] %  to registers %  "
+          + "".join(f"{name} %  " for name in leaks) + f"support of {counts['tokens']} tokens, by head")
     for b in range(len(means["pib"])):
         row = {name: values[b] for name, values in means.items()}
         print(f"{b + 1:5}  {100 * row['pib']:5.1f}  {row['cos_inside']:13.3f}  {row['cos_outside']:7.3f}  "
               f"{100 * row['high_norm']:11.2f}  {100 * row['to_cls']:25.2f}  {100 * row['to_registers']:14.2f}  "
+              + "".join(f"{values[b]:{len(name) + 2}.1f}  " for name, values in leaks.items())
               + " ".join(f"{value:.1f}" for value in row["support"]))
 
 
@@ -253,16 +363,20 @@ def evaluate(path, args, device, data):
                       max_area=args.max_area, all_objects=args.all_objects, precision=args.amp,
                       norm="none" if args.raw else "final norm on every block", hit="patch area overlaps the box"),
     )
+    if args.data == "shapes":
+        result["protocol"]["leak"] = dict(cards=CARDS, **SCENES, size=2 * images.size, window=WINDOW, ridge=RIDGE,
+                                          score="AUC within patches")
     default = checkpoint.result_path(path, "pib", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
     if finished:
         checkpoint.say_finished(out, finished)
         return
     means, counts = measure(model, images, args, device)
-    print_table(path, means, counts)
+    leaks = leaked_meaning(model, args, device) if args.data == "shapes" else {}
+    print_table(path, means, counts, leaks)
     percent = ("pib", "to_cls", "to_registers", "high_norm")
-    metrics = {name: (values * 100 if name in percent else values).tolist() for name, values in means.items()}
-    for name in ("cos_inside", "cos_outside"):                      # NaN, which is no JSON: every patch on one side
+    metrics = {name: (values * 100 if name in percent else values).tolist() for name, values in means.items()} | leaks
+    for name in ("cos_inside", "cos_outside", *leaks):              # NaN, which is no JSON: every patch on one side
         metrics[name] = [None if math.isnan(value) else value for value in metrics[name]]
     checkpoint.write_result(out, dict(result, metrics=dict(metrics, **counts)))
 

@@ -3,6 +3,7 @@
     python -m paper.figures pca --weights A.pt B.pt --images *.jpg --size 448             Fig. 1: input | A | B
     python -m paper.figures attention --weights A.pt B.pt --data shapes --count 1         where [CLS] looks, by head
     python pib.py --weights RUN; python -m paper.figures heatmap --results RUN/*.pib.*.json   Fig. 2
+    python -m paper.figures heatmap --results A_s?/*.seg.*.json --minus B_s?/*.seg.*.json   A - B, mean over seeds
     python -m paper.figures curves --runs RUN_A RUN_B --keys loss entropy                 log.jsonl of several runs
 
 Each writes one PNG, --out; the same input gives the same bytes on one machine.
@@ -136,6 +137,9 @@ METRICS = {
     "to_cls": "Attention of patches to [CLS], %", "to_registers": "Attention of patches to registers, %",
     "cos_inside": "Cosine of [CLS] and patches in the box", "cos_outside": "Cosine of [CLS] and patches off the box",
     "miou": "mIoU, %, best evaluation", "miou_last": "mIoU, %, last evaluation",
+    "auc_own": "Own card's class read from its patches, AUC, %",
+    "auc_other": "Class of another card read from a card's patches, AUC, %",
+    "auc_background": "Classes of cards read from background patches, AUC, %",
 }
 
 
@@ -152,25 +156,37 @@ def read_result(path):
         raise ValueError(f"{path}: of probe {result['probe']}; give result JSONs of pib.py or probe_seg.py")
     if result["epochs"] is None:
         raise ValueError(f"{path}: its weights do not say after how many epochs; take checkpoints of train.py")
-    return dict(result, path=path)
+    return dict(result, path=path, run_seed=content.get("run_seed"))
 
 
-def check_same(results):
-    """ValueError unless the results differ in the epoch alone, and all differ in that."""
+def check_same(results, free=()):
+    """ValueError unless the results differ in the epoch, the seed of the run and what is `free` alone."""
     def deciding(result):
         nested = {f"{part} {name}": result[part][name] for part in ("protocol", "config") for name in result[part]}
-        return {name: result[name] for name in ("probe", "data", "which")} | nested
+        blocks = {head["block"] for head in result["metrics"].get("heads", [])}
+        return {name: result[name] for name in ("probe", "data", "which")} | nested | {"blocks": sorted(blocks)}
 
     one, first = results[0]["path"], deciding(results[0])
     for result in results[1:]:
         other = deciding(result)
         for name in first | other:
-            if first.get(name) != other.get(name):
+            if first.get(name) != other.get(name) and name not in free:
                 raise ValueError(f"{result['path']}: {name} is {other.get(name)}, and {first.get(name)} in {one}; "
-                                 "a map is of one run and one protocol")
-    for a, b in zip(results, results[1:], strict=False):
-        if a["epochs"] == b["epochs"]:
-            raise ValueError(f"{b['path']}: after {counted(b['epochs'], 'epoch')}, as {a['path']}; a map is of one run")
+                                 "a map is of one protocol" + " and method" * (not free))
+
+
+def read_runs(paths):
+    """(results, epochs, seeds) of the runs of one method: a result for every epoch and seed, in this order."""
+    results = sorted(map(read_result, paths), key=lambda result: (result["epochs"], str(result["run_seed"])))
+    check_same(results)
+    keys = [(result["epochs"], result["run_seed"]) for result in results]
+    for a, b, (epochs, seed) in zip(results, results[1:], keys, strict=False):
+        if (b["epochs"], b["run_seed"]) == (epochs, seed):
+            raise ValueError(f"{b['path']}: run_seed {seed} after {counted(epochs, 'epoch')}, as {a['path']}; take one")
+    epochs, seeds = (list(dict.fromkeys(part)) for part in zip(*keys, strict=True))
+    if missing := [f"run_seed {s} after {counted(e, 'epoch')}" for e in epochs for s in seeds if (e, s) not in keys]:
+        raise ValueError(f"{results[0]['path']}: beside it is no {', '.join(missing)}; give every seed the same epochs")
+    return results, epochs, seeds
 
 
 def block_values(result, metric, concat_cls):
@@ -188,29 +204,44 @@ def block_values(result, metric, concat_cls):
 
 
 def heatmap(args):
-    results = sorted(map(read_result, args.results), key=lambda result: result["epochs"])
-    check_same(results)
-    one = results[0]
+    results, epochs, seeds = read_runs(args.results)
+    one, others = results[0], []
     metric, concat = args.metric or {"pib": "pib", "seg": "miou"}[one["probe"]], args.concat_cls or "no"
     if args.concat_cls and one["probe"] == "pib":
         raise ValueError(f"{one['path']}: of pib.py; --concat-cls chooses between heads of probe_seg.py")
-    columns = [block_values(result, metric, concat) for result in results]
+    if args.minus:
+        others, other_epochs, other_seeds = read_runs(args.minus)
+        check_same([one, others[0]], ["config attn", "config registers", "config specialize"])
+        seeds = [seed for seed in seeds if seed in other_seeds and seed is not None]
+        if epochs != other_epochs or not seeds:
+            raise ValueError(f"{others[0]['path']}: epochs {other_epochs}, of {one['path']} {epochs}, run_seed of both "
+                             f"{seeds}; a difference is of equal epochs and seeds")
+    columns = [block_values(result, metric, concat) for result in results + others if result["run_seed"] in seeds]
     blocks = sorted(columns[0])
-    values = np.array([[column[block] for column in columns] for block in blocks])
+    values = np.array([[c[b] for b in blocks] for c in columns]).reshape(-1, len(epochs), len(seeds), len(blocks))
+    values = (values[0] - values[1] if others else values[0]).transpose(1, 2, 0)    # (seeds, blocks, epochs)
+    stars = abs(np.sign(values).sum(0)) == max(2, len(seeds)) if others else None
+    values = values.mean(0)
     if np.isnan(values).all():
         raise ValueError(f"{one['path']}: {metric} could not be measured for any block; take another --metric")
-    title = f"{METRICS.get(metric, metric)}; {one['data']}, {describe(vit.ViTConfig(**one['config']))}"
-    if one["probe"] == "seg":
-        title += ", head on patches" + " and [CLS]" * (concat == "yes")
-    if metric == "pib":
+    names = [describe(vit.ViTConfig(**first["config"])) for first in [one] + others[:1]]
+    names = " - ".join(f"({name})" if others and "+" in name else name for name in names)
+    title = f"{METRICS.get(metric, metric)}; {one['data']}, {names}"
+    if len(seeds) > 1:
+        title += f", mean of {len(seeds)} seeds" + " (*: all of one sign)" * bool(others)
+    title += (", head on patches" + " and [CLS]" * (concat == "yes")) * (one["probe"] == "seg")
+    if metric == "pib" and not others:
         title += f"; chance {one['metrics']['chance']:.1f} %, {counted(one['metrics']['n'], 'image')}"
-    low, high = args.range or (np.nanmin(values), np.nanmax(values))
-    epochs = [result["epochs"] for result in results]
-    save(draw_map(values, [block + 1 for block in blocks], epochs, title, low, high, args.width), args.out)
+    elif metric.startswith("auc_") and not others:
+        title += "; chance 50 %"
+    high = np.nanmax(abs(values)) or 1.0
+    low, high = args.range or ((-high, high) if others else (np.nanmin(values), np.nanmax(values)))
+    save(draw_map(values, [block + 1 for block in blocks], epochs, title, low, high, args.width, stars), args.out)
 
 
-def draw_map(values, blocks, epochs, title, low, high, width):
+def draw_map(values, blocks, epochs, title, low, high, width, stars=None):
     """(blocks, epochs) values, the first block at the bottom, in the colours of a bar from `low` to `high`."""
+    table, sign = (VIRIDIS, "") if stars is None else (RED_BLUE, "+")   # of differences: which to mark
     left, right, row = 58, 84, 34
     cell = (width - left - right) // len(epochs)
     if cell < 16:
@@ -223,16 +254,17 @@ def draw_map(values, blocks, epochs, title, low, high, width):
     for i, line in enumerate(lines):
         write(canvas, width // 2, GAP + i * (TEXT + 5), line, anchor="ma")
     unmeasured = np.isnan(values)
-    fills = colour(np.where(unmeasured, 0, (values - low) / ((high - low) or 1)))
+    fills = colour(np.where(unmeasured, 0, (values - low) / ((high - low) or 1)), table)
     fills[unmeasured] = RULE
     for r, block in enumerate(blocks):
         y = top + height - (r + 1) * row
         write(canvas, left - 8, y + row // 2, str(block), anchor="rm")
         for c, fill in enumerate(fills[r]):
-            x, text = left + c * cell, "-" if unmeasured[r, c] else f"{values[r, c]:.{decimals}f}"
+            x, text = left + c * cell, "-" if unmeasured[r, c] else f"{values[r, c]:{sign}.{decimals}f}"
+            text += "*" * bool(stars is not None and stars[r, c])
             pen.rectangle((x, y, x + cell - 2, y + row - 2), tuple(fill.tolist()))
             ink = "white" if fill @ (0.299, 0.587, 0.114) < 105 else "black"        # luma, ITU-R BT.601
-            write(canvas, x + cell // 2 - 1, y + row // 2 - 1, text, min(TEXT, cell // 3), "mm", ink)
+            write(canvas, x + cell // 2 - 1, y + row // 2 - 1, text, min(TEXT, cell // (4 if sign else 3)), "mm", ink)
     for c, epoch in enumerate(epochs):
         write(canvas, left + c * cell + cell // 2, top + height + 4, str(epoch), min(TEXT, cell // 2), "ma")
     write(canvas, left + cell * len(epochs) // 2, top + height + 24, "epochs of pretraining", anchor="ma")
@@ -241,7 +273,7 @@ def draw_map(values, blocks, epochs, title, low, high, width):
     canvas.paste(upright.rotate(90, expand=True), (8, top + height // 2 - 30))
 
     bar, last = width - right + 16, height - 2                      # as high as the cells
-    canvas.paste(Image.fromarray(np.repeat(colour(np.linspace(1, 0, last + 1))[:, None], 16, 1)), (bar, top))
+    canvas.paste(Image.fromarray(np.repeat(colour(np.linspace(1, 0, last + 1), table)[:, None], 16, 1)), (bar, top))
     for share in (0, 0.5, 1) if len(blocks) > 1 else (0, 1):
         label = f"{low + share * (high - low):.{decimals}f}"
         write(canvas, bar + 21, top + (1 - share) * last, label, SMALL, "lm")
@@ -402,6 +434,7 @@ def look(function, model, image, path):
 VIRIDIS = np.array([                                                # van der Walt & Smith 2015, in eighths
     (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
     (170, 220, 50), (253, 231, 37)], float)
+RED_BLUE = np.array([(202, 0, 32), (244, 165, 130), (247, 247, 247), (146, 197, 222), (5, 113, 176)], float)  # Brewer
 LINES = [                                                           # Okabe & Ito 2008: colour-blind people see eight
     (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0),
     (150, 150, 150)]
@@ -437,10 +470,10 @@ def wrap(text, size, width):
     return lines
 
 
-def colour(share):
-    """uint8 (..., 3) of Viridis at shares (...); its ends below 0 and above 1."""
-    place = np.linspace(0, 1, len(VIRIDIS))
-    return np.stack([np.interp(share, place, c) for c in VIRIDIS.T], -1).round().astype(np.uint8)
+def colour(share, table=VIRIDIS):
+    """uint8 (..., 3) of the table at shares (...); its ends below 0 and above 1."""
+    place = np.linspace(0, 1, len(table))
+    return np.stack([np.interp(share, place, c) for c in table.T], -1).round().astype(np.uint8)
 
 
 def share_width(width, columns):
@@ -494,7 +527,7 @@ def parse_args(argv=None):
         "pca": "a row per picture: input, then for every checkpoint the PCA of its patches as RGB, with colours that "
                "are not comparable between columns",
         "attention": "a row per checkpoint and picture: input, then the [CLS] row of every head, grey where exactly 0",
-        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint of a run",
+        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint; mean over runs",
         "curves": "log.jsonl of several runs, a panel per key",
     }
     subs = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False,
@@ -523,7 +556,8 @@ def parse_args(argv=None):
                              "first component; by its sign rule mostly the smaller side")
     subs["pca"].add_argument("--smooth", action="store_true", help="bilinear between patches")
     subs["attention"].add_argument("--block", type=int, default=-1, help="0-based, or from the end")
-    subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of one run and protocol")
+    subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of runs of one method")
+    subs["heatmap"].add_argument("--minus", nargs="+", metavar="JSON", help="of another method, to subtract by seed")
     subs["heatmap"].add_argument("--metric", help="default: pib or miou")
     subs["heatmap"].add_argument("--concat-cls", choices=["no", "yes"], help="heads of probe_seg.py; default no")
     subs["heatmap"].add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of the colours, the "
@@ -544,8 +578,9 @@ def check_args(p, args):
     if args.width < 300:
         p.error(f"--width {args.width}: must be at least 300")
     if args.command == "heatmap":
-        if args.range and not args.range[0] < args.range[1]:
-            p.error(f"--range {args.range[0]:g} {args.range[1]:g}: the first must be the lower one")
+        if args.range and (not args.range[0] < args.range[1] or args.minus and sum(args.range)):
+            p.error(f"--range {args.range[0]:g} {args.range[1]:g}: the first must be the lower one"
+                    + ", and with --minus the negative of the second" * bool(args.minus))
         return
     if args.command == "curves":
         if len(args.runs) > len(LINES):

@@ -343,6 +343,21 @@ def cells(values, low=None, high=None):
     return rows, bar[inside].astype(int)
 
 
+def test_differences_have_signs_stars_and_colours_about_0(monkeypatch):
+    written = []
+    monkeypatch.setattr(figures, "write", lambda canvas, x, y, text, *how, **more: written.append(text))
+    values = np.array([[-2.0, 0.0, 1.0, math.nan], [0.004, 2.0, -1.0, 3.0]])
+    image = figures.draw_map(values, [1, 2], [0, 1, 2, 3], "t", -2, 2, 800, values == 2)
+    assert written[2:6] == ["-2.00", "+0.00", "+1.00", "-"] and written[7:11] == ["+0.00", "+2.00*", "-1.00", "+3.00"]
+    assert written[-3:] == ["-2.00", "0.00", "2.00"]
+    pixels, table = np.array(image), figures.RED_BLUE
+    cell, top = (800 - 58 - 84) // 4, image.height - 48 - 2 * 34
+    fills = [[pixels[top + 34 * (1 - r) + 2, 58 + c * cell + 2].tolist() for c in range(4)] for r in range(2)]
+    assert fills[0] == [*table[:3:2].tolist(), table[3].tolist(), list(figures.RULE)] and fills[1][1:3] == table[
+        [4, 1]].tolist()
+    assert fills[1][3] == table[4].tolist() and np.ptp(table[2]) == 0       # above the range; 0 is grey
+
+
 def test_cells_run_from_one_end_of_the_map_to_the_other():
     rng = np.random.default_rng(5)
     values = rng.permutation(20).reshape(4, 5) * 3.7 - 8
@@ -368,7 +383,8 @@ def test_heatmap_reads_results_in_the_order_of_epochs(tmp_path, monkeypatch, cap
     monkeypatch.setattr(figures, "draw_map", lambda *args: seen.append(args) or real(*args))
     files = [result(tmp_path / f"r{e}.json", e) for e in (20, 0, 100)]
     draw(tmp_path / "x.png", "heatmap", "--results", *files)
-    values, blocks, epochs, title, low, high, _ = seen[-1]
+    values, blocks, epochs, title, low, high, width, stars = seen[-1]
+    assert width == 800 and stars is None
     assert values.tolist() == [[0, 20, 100], [10, 30, 110], [20, 40, 120]]
     assert blocks == [1, 2, 3] and epochs == [0, 20, 100] and (low, high) == (0, 120)
     assert title.endswith("shapes, entmax15 + 2 registers + specialize; chance 12.5 %, 1,234 images")
@@ -385,6 +401,131 @@ def test_heatmap_reads_results_in_the_order_of_epochs(tmp_path, monkeypatch, cap
     assert seen[-1][0].tolist() == [[50, 54], [51, 55], [52, 56]] and seen[-1][3].endswith("head on patches and [CLS]")
 
 
+def seeded(folder, epochs, seeds, probe="seg", **changes):
+    """Files of runs, each with a value of its own in every block: (files, values (seeds, blocks, epochs))."""
+    rng = np.random.default_rng([2, *seeds])
+    values, files = rng.normal(size=(len(seeds), 3, len(epochs))), []
+    folder.mkdir(exist_ok=True)
+    for s, seed in enumerate(seeds):
+        for e, epoch in enumerate(epochs):
+            heads = [dict(block=b, concat_cls=False, miou=values[s, b, e]) for b in range(3)]
+            metrics = dict(heads=heads) if probe == "seg" else dict(
+                pib=values[s, :, e].tolist(), auc_own=(10 * values[s, :, e]).tolist(), chance=12.5, n=1234)
+            path = folder / f"s{seed}_{epoch}.json"
+            files.append(result(path, epoch, probe, metrics=metrics, run_seed=seed, **changes))
+    return files[::-1], values
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    seen = []
+    real = figures.draw_map
+    monkeypatch.setattr(figures, "draw_map", lambda *args: seen.append(args) or real(*args))
+    return seen
+
+
+def test_one_run_is_drawn_as_it_is_with_a_seed_or_without(tmp_path, drawn):
+    for name, change in (("new", dict(run_seed=3)), ("null", dict(run_seed=None)), ("old", {})):
+        files = [result(tmp_path / f"{name}{e}.json", e, **change) for e in (0, 20)]
+        draw(tmp_path / f"{name}.png", "heatmap", "--results", *files)
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("new", "null", "old")}) == 1
+    title = "Point-in-box, %; shapes, entmax15 + 2 registers + specialize; chance 12.5 %, 1,234 images"
+    expected = figures.draw_map(np.array([[0, 20], [10, 30], [20, 40.0]]), [1, 2, 3], [0, 20], title, 0, 40, 800)
+    expected.save("expected.png", optimize=True)
+    assert (tmp_path / "new.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+def test_runs_of_several_seeds_are_averaged(tmp_path, drawn):
+    files, values = seeded(tmp_path / "a", (0, 4), (11, 2, 5))
+    draw(tmp_path / "x.png", "heatmap", "--results", *files)
+    draw(tmp_path / "y.png", "heatmap", "--results", *files[::-1])
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+    shown, blocks, epochs, title, low, high, _, stars = drawn[0]
+    for b in range(3):
+        for e in range(2):
+            assert shown[b, e] == pytest.approx((values[0, b, e] + values[1, b, e] + values[2, b, e]) / 3)
+    assert (blocks, epochs, stars) == ([1, 2, 3], [0, 4], None) and (low, high) == (shown.min(), shown.max())
+    assert title == ("mIoU, %, best evaluation; shapes, entmax15 + 2 registers + specialize, mean of 3 seeds, "
+                     "head on patches")
+    files, values = seeded(tmp_path / "p", (0, 4), (1, 2), "pib")
+    draw(tmp_path / "x.png", "heatmap", "--results", *files)
+    assert drawn[-1][3].endswith(" + specialize, mean of 2 seeds; chance 12.5 %, 1,234 images")
+    draw(tmp_path / "x.png", "heatmap", "--results", *files, "--metric", "auc_own")
+    np.testing.assert_allclose(drawn[-1][0], 5 * (values[0] + values[1]))
+    assert drawn[-1][3].startswith("Own card's class read from its patches, AUC, %; ")
+    assert drawn[-1][3].endswith("mean of 2 seeds; chance 50 %")
+
+
+def test_a_value_that_one_seed_lacks_is_not_averaged(tmp_path, drawn):
+    files = [result(tmp_path / f"{seed}.json", 0, run_seed=seed) for seed in (0, 1)]
+    draw(tmp_path / "x.png", "heatmap", "--results", *files, "--metric", "cos_inside")
+    np.testing.assert_array_equal(drawn[0][0], [[0.25], [math.nan], [0.5]])
+    content = json.loads((tmp_path / "1.json").read_text())
+    content["metrics"]["cos_inside"] = [None, 1.0, 1.0]
+    (tmp_path / "1.json").write_text(json.dumps(content))
+    draw(tmp_path / "x.png", "heatmap", "--results", *files, "--metric", "cos_inside")
+    np.testing.assert_array_equal(drawn[1][0], [[math.nan], [math.nan], [0.75]])
+
+
+def test_differences_are_of_equal_seeds(tmp_path, drawn):
+    plain = dict(registers=0, specialize=False)
+    a, first = seeded(tmp_path / "a", (0, 4), (0, 1, 10, 2), config=plain)
+    b, second = seeded(tmp_path / "b", (0, 4), (10, 3, 0, 2), config=dict(plain, attn="softmax"))
+    draw(tmp_path / "x.png", "heatmap", "--results", *a, "--minus", *b)
+    shown, blocks, epochs, title, low, high, _, stars = drawn[0]
+    pairs = np.stack([first[i] - second[j] for i, j in ((0, 2), (2, 0), (3, 3))])   # seeds 0, 10, 2
+    np.testing.assert_allclose(shown, pairs.mean(0))
+    assert stars.tolist() == [[(pairs[:, b, e] > 0).all() or (pairs[:, b, e] < 0).all() for e in range(2)]
+                              for b in range(3)]
+    assert 0 < stars.sum() < 6 and (blocks, epochs) == ([1, 2, 3], [0, 4])
+    assert high == -low == abs(shown).max()
+    assert title == ("mIoU, %, best evaluation; shapes, entmax15 - softmax, mean of 3 seeds (*: all of one sign), "
+                     "head on patches")
+    draw(tmp_path / "x.png", "heatmap", "--results", *b, "--minus", *a, "--range", -3, 3)
+    np.testing.assert_allclose(drawn[1][0], -shown)
+    assert drawn[1][4:6] == (-3, 3) and np.array_equal(drawn[1][7], stars)
+    one, minus = [[f for f in files if "s10_" in f] for files in (a, b)]
+    draw(tmp_path / "x.png", "heatmap", "--results", *one, "--minus", *minus)
+    assert not drawn[2][7].any() and "mean" not in drawn[2][3] and "*" not in drawn[2][3]
+    np.testing.assert_allclose(drawn[2][0], pairs[1])
+
+
+def test_differences_of_pib_name_compound_methods_and_no_chance(tmp_path, drawn):
+    a = [result(tmp_path / f"a{seed}.json", 4, run_seed=seed) for seed in (0, 1)]
+    b = [result(tmp_path / f"b{seed}.json", 4, config=dict(registers=0, specialize=False), run_seed=seed)
+         for seed in (0, 1)]
+    draw(tmp_path / "x.png", "heatmap", "--results", *a, "--minus", *b)
+    assert drawn[0][3] == ("Point-in-box, %; shapes, (entmax15 + 2 registers + specialize) - entmax15, mean of 2 seeds "
+                           "(*: all of one sign)")
+    assert not drawn[0][0].any() and not drawn[0][7].any() and drawn[0][4:6] == (-1, 1)     # 0 has no sign
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(protocol=dict(size=64)), "b.json: protocol size is 64, and 32 in a.json; a map is of one protocol"),
+    (dict(config=dict(depth=4)), "b.json: config depth is 4, and 3 in a.json"),
+    (dict(which="student"), "b.json: which is student, and teacher in a.json"),
+    (dict(epochs=4), "b.json: epochs [4], of a.json [0], run_seed of both [1]"),
+    (dict(run_seed=2), "b.json: epochs [0], of a.json [0], run_seed of both []; a difference is of equal"),
+    (dict(run_seed=None), "run_seed of both []"),
+    (dict(metrics=dict(heads=[dict(block=1, concat_cls=False, miou=1.0)])), "b.json: blocks is [1], and [0, 1, 2] in"),
+])
+def test_differences_of_more_than_the_method_are_refused(tmp_path, capsys, change, message):
+    change = dict(change)
+    result(tmp_path / "a.json", 0, "seg", run_seed=1)
+    other = dict(attn="softmax", registers=0, specialize=False)
+    result(tmp_path / "b.json", change.pop("epochs", 0), "seg", config=other | change.pop("config", {}),
+           **dict(run_seed=1) | change)
+    status, line = exits(capsys, "heatmap", "--results", "a.json", "--minus", "b.json")
+    assert status == 1 and message in line and "\n" not in line and not (tmp_path / "heatmap.png").exists()
+
+
+def test_runs_of_unknown_seeds_are_no_pair(tmp_path, capsys):
+    result(tmp_path / "a.json", 0)
+    result(tmp_path / "b.json", 0, config=dict(attn="softmax"))
+    status, line = exits(capsys, "heatmap", "--results", "a.json", "--minus", "b.json")
+    assert status == 1 and "b.json: epochs [0], of a.json [0], run_seed of both []" in line
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(protocol=dict(size=64)), "b.json: protocol size is 64, and 32 in a.json"),
     (dict(protocol=dict(raw=True)), "b.json: protocol raw is True, and None in a.json"),
@@ -393,7 +534,9 @@ def test_heatmap_reads_results_in_the_order_of_epochs(tmp_path, monkeypatch, cap
     (dict(which="student"), "b.json: which is student, and teacher in a.json"),
     (dict(probe="seg"), "b.json: probe is seg, and pib in a.json"),
     (dict(probe="linear"), "b.json: of probe linear"),
-    (dict(epochs=0), "b.json: after 0 epochs, as a.json"),
+    (dict(epochs=0), "b.json: run_seed None after 0 epochs, as a.json"),
+    (dict(epochs=0, run_seed=None), "b.json: run_seed None after 0 epochs, as a.json"),
+    (dict(run_seed=1), "a.json: beside it is no run_seed 1 after 0 epochs, run_seed None after 4 epochs; give"),
     (dict(epochs=None), "b.json: its weights do not say"),
 ])
 def test_results_of_two_kinds_are_refused(tmp_path, capsys, change, message):
@@ -486,7 +629,9 @@ def test_a_log_of_train_is_drawn(tmp_path, capsys):
     ("pca --weights random --data shapes --width 200", "--width 200: must be at least 300"),
     ("pca --weights random --data shapes --labels a b", "--labels 2: needs 1, one for each of random"),
     ("attention --weights a.pt --like b.pt --data shapes", "--like goes with --weights random"),
-    ("heatmap --results a.json --range 2 1", "--range 2 1: the first must be the lower"),
+    ("heatmap --results a.json --range 2 1", "--range 2 1: the first must be the lower one"),
+    ("heatmap --results a.json --minus b.json --range -1 2", "--range -1 2: the first must be the lower one, and with "
+                                                             "--minus the negative of the second"),
     ("curves --runs a --labels b c", "--labels 2: needs 1"),
     ("curves --runs 1 2 3 4 5 6 7 8 9", "--runs 9: there are only 8 colours"),
 ])

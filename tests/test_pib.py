@@ -17,13 +17,15 @@ from pib import overlap, point_in_box, through_eval_transform
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,
                        specialize=True)
-KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics",
-        "protocol"}
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "config", "epochs", "seed",
+        "metrics", "protocol"}
 
 
 @pytest.fixture(autouse=True)
 def away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pib, "SCENES", dict(train=12, val=8))
+    pib.crowds.cache_clear()
 
 
 def save(path, seed=7, epoch=3):
@@ -243,6 +245,144 @@ def test_high_norm_patches_are_counted_before_the_norm(raw):
     assert signs["high_norm"].tolist() == [1 / 16, 0]
 
 
+# ---- leaked meaning -------------------------------------------------------------------------------------------------
+
+def test_card_maps_equal_loops_over_pixels():
+    seen = torch.zeros(3)
+    for scene in pib.Shapes("val", 128, 4, cards=5):
+        mask, h = scene["mask"].numpy(), 16
+        own, near, present = pib.card_maps(scene["mask"], 8).unflatten(1, (h, h))
+        for r in range(h):
+            for c in range(h):
+                pixels = mask[8 * r:8 * r + 8, 8 * c:8 * c + 8]
+                window = mask[max(0, 8 * (r - 2)):8 * (r + 3), max(0, 8 * (c - 2)):8 * (c + 3)]
+                assert own[r, c].tolist() == [(pixels == k + 1).sum() >= 32 for k in range(10)]
+                assert near[r, c].tolist() == [k + 1 in window for k in range(10)]
+                assert present[r, c].tolist() == [k + 1 in mask for k in range(10)]
+        asked = pib.questions(*(maps.flatten(0, 1) for maps in (own, near, present)))
+        seen += torch.tensor([where.sum() for where, *_ in asked.values()])
+    assert (seen > 50).all()
+
+
+def test_half_a_patch_is_enough_and_background_is_no_class():
+    mask = torch.zeros(4, 4, dtype=torch.uint8)
+    mask[0, :2], mask[2:, :2], mask[2, 2:] = 4, 10, 1
+    mask[2, 0] = 1
+    own, near, present = pib.card_maps(mask, 2)
+    assert [row.nonzero()[:, 0].tolist() for row in own] == [[3], [], [9], [0]]
+    assert torch.equal(near, present) and present[0].nonzero()[:, 0].tolist() == [0, 3, 9]
+
+
+def test_who_is_asked_about_what():
+    """Patches of one scene in three classes: two of a card, one of its rim, one of the background near, one far."""
+    own = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]).bool()
+    near = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    present = torch.tensor([[1, 1, 0]] * 5).bool()
+    asked = {kind: [values.int().tolist() for values in rest] for kind, rest in
+             pib.questions(own, near, present).items()}
+    assert asked == dict(own=[[1, 1, 0, 0, 0], [[1], [1]], [[1, 0, 0], [0, 1, 0]]],
+                         other=[[1, 1, 0, 0, 0], [[0, 1, 1], [0, 0, 1]], [[1, 1, 0], [1, 1, 0]]],
+                         background=[[0, 0, 0, 0, 1], [[1]], [[1, 1, 0]]])
+
+
+def test_compare_equals_a_loop_over_pairs():
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (40, 5), generator=rng).float()    # with many ties
+    part, answers = (torch.rand(40, 5, generator=rng) < share for share in (0.8, 0.4))
+    won = [1 if s[i] > s[j] else 0.5 if s[i] == s[j] else 0
+           for s, p, a in zip(scores, part, answers, strict=True)
+           for i in range(5) for j in range(5) if p[i] and p[j] and a[i] and not a[j]]
+    lead, pairs = pib.compare(scores, part, answers).tolist()
+    assert pairs == len(won) > 100 and won.count(0.5) > 20
+    assert 0.5 + 0.5 * lead / pairs == pytest.approx(np.mean(won), abs=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_readout_equals_ridge_regression_of_stacked_standardised_features(shared):
+    """By least squares on the features with sqrt(n ridge) I below them, which is the same."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 6, generator=rng) @ torch.randn(6, 6, generator=rng) + 20 * torch.randn(6, generator=rng)
+    x[:, 4] = 1.7                                                   # constant: tells nothing
+    x[:, 5] *= 1e3
+    part = torch.rand(300, 1 if shared else 4, generator=rng) < (2 if shared else 0.7)
+    answers = torch.rand(300, 4, generator=rng) < torch.tensor([0.1, 0.3, 0.5, 0.0])
+    answers[:, 2] |= x[:, 0] > x[:, 0].mean()
+    readout = pib.Readout()
+    ones = torch.cat([x, torch.ones(300, 1)], 1).double()
+    for batch in torch.arange(300).split(70):
+        readout.add(ones[batch], part[batch], answers[batch])
+    got = readout.solve()
+    x = x.double().numpy()
+    for k in range(4):
+        p = part.expand(300, 4)[:, k].numpy()
+        z = (x[p] - x[p].mean(0)) / np.where(np.arange(6) == 4, 1, x[p].std(0))
+        y = answers[:, k].double().numpy()[p]
+        below = math.sqrt(p.sum() * pib.RIDGE) * np.eye(6)
+        w = np.linalg.lstsq(np.vstack([z, below]), np.concatenate([y - y.mean(), np.zeros(6)]), rcond=None)[0]
+        np.testing.assert_allclose((ones @ got[:, k]).numpy()[p], z @ w, atol=1e-9)
+    assert got[:, 2].abs().max() > 0.01
+
+
+def several_cards(scenes, rng):
+    """Maps (3, M, C) of scenes of 14 x 14 patches: three cards of 2 x 2, whose classes and places are independent."""
+    masks = torch.zeros(scenes, 14, 14, dtype=torch.uint8)
+    for mask in masks:
+        for label, row, column in torch.cat([torch.randint(1, 11, (3, 1), generator=rng),
+                                             torch.randint(0, 13, (3, 2), generator=rng)], 1).tolist():
+            mask[row:row + 2, column:column + 2] = label
+    return torch.stack([pib.card_maps(mask, 1) for mask in masks], 1).flatten(1, 2)
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    rng = torch.Generator().manual_seed(0)
+    return several_cards(2000, rng), several_cards(1000, rng)
+
+
+# Over eight draws of so many scenes an AUC at chance, 50, had sds of at most 0.30, 0.78 and 0.08. Four of them:
+CHANCE = dict(own=1.2, other=3.2, background=0.32)
+
+
+@pytest.mark.parametrize("feature, expected", [
+    (lambda own, near, present: own, dict(own=100, other=50, background=50)),
+    (lambda own, near, present: present, dict(other=100, background=100)),
+    (lambda own, near, present: present * ~near, dict(other=100, background=100)),
+    (lambda own, near, present: 0 * own, dict(own=50, other=50, background=50)),
+    # what one can see from a patch: which cards are near, and so, roughly, how many are not
+    (lambda own, near, present: near, dict(other=50, background=50)),
+    (lambda own, near, present: near.sum(1, keepdim=True), dict(other=50, background=50)),
+])
+def test_planted_meaning_is_read_and_nothing_else(crowd, feature, expected):
+    batches, rng = [], torch.Generator().manual_seed(1)
+    for maps in crowd:
+        x = feature(*maps).float()
+        batches.append([([torch.randn(x.shape, generator=rng), x + 0.01 * torch.randn(x.shape, generator=rng)], maps)])
+    found = pib.read_classes(*batches)
+    for kind, values in found.items():
+        assert values[0] == pytest.approx(50, abs=CHANCE[kind]), kind          # a block of noise
+        if kind in expected:
+            assert values[1] == pytest.approx(expected[kind], abs=1e-9 if expected[kind] == 100 else CHANCE[kind]), kind
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_leaked_meaning_is_of_the_features_of_scenes_at_twice_the_side(checkpoint, raw):
+    """One scene at a time, from the model's public features; the batches of the measure are of five."""
+    args = pib.parse_args(["--weights", checkpoint, "--batch-size", "5"] + ["--raw"] * raw)
+    model = disk.load_backbone(checkpoint)
+    got = pib.leaked_meaning(model, args, torch.device("cpu"))
+
+    def by_hand(split, length):
+        for scene in pib.Shapes(split, 64, length, cards=5):
+            features = model.features(vit.normalize(scene["image"])[None], norm=not raw)
+            yield [f.patches[0].flatten(0, 1) for f in features], pib.card_maps(scene["mask"], 8)
+
+    expected = pib.read_classes(by_hand("train", 12), by_hand("val", 8))
+    assert set(got) == {f"auc_{kind}" for kind in expected} == {"auc_own", "auc_other", "auc_background"}
+    for kind, values in expected.items():
+        assert len(values) == 3 and got[f"auc_{kind}"] == pytest.approx(values, abs=0.1)    # a pair in a thousand
+        assert max(values) - min(values) > 0.5                      # blocks differ
+
+
 # ---- end to end -----------------------------------------------------------------------------------------------------
 
 def test_folder_end_to_end(tmp_path, checkpoint, folder, capsys):
@@ -260,6 +400,7 @@ def test_folder_end_to_end(tmp_path, checkpoint, folder, capsys):
     assert f"chance {m['chance']:.1f} %" in lines[1] and f"centre {m['centre']:.1f} %" in lines[1]
     assert r["protocol"]["max_area"] == 0.25 and r["protocol"]["all_objects"] is False
     assert json.loads(json.dumps(r), parse_constant=pytest.fail) == r       # no NaN
+    assert not [name for name in [*m, *r["protocol"]] if "auc" in name or "leak" in name] and "auc" not in lines[2]
 
 
 def test_all_objects_and_max_area(checkpoint, folder, capsys):
@@ -366,13 +507,27 @@ def test_a_picture_of_another_size_than_its_xml_is_left_out(tmp_path, checkpoint
 
 
 def test_shapes_run_folder_and_random(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pib, "Shapes", lambda split, size, length, real=pib.Shapes: real(split, size, 40))
+    drawn = []
+
+    def few(split, size, length, real=pib.Shapes, **cards):
+        drawn.append((split, size, length))
+        return real(split, size, 40, **cards)
+
+    monkeypatch.setattr(pib, "Shapes", few)
     (tmp_path / "run").mkdir()
     for epoch in (0, 2):
         save(tmp_path / f"run/checkpoint_{epoch:04d}.pt", epoch, epoch)
     last, lines = run(capsys, "--weights", tmp_path / "run")
     results = [json.loads(line) for line in lines if line.startswith("{")]
     assert [r["epochs"] for r in results] == [0, 2] and results[1] == last
+    assert drawn == [("val", 32, 1000), ("train", 64, 12), ("val", 64, 8)]      # once for all checkpoints
+    assert last["protocol"]["leak"] == dict(cards=5, train=12, val=8, size=64, window=5, ridge=1e-3,
+                                            score="AUC within patches")
+    header, *blocks = lines[-5:-1]
+    assert "auc_own %  auc_other %  auc_background %" in header and "AUC by chance 50 %" in lines[-6]
+    for b, row in enumerate(blocks):
+        expected = [last["metrics"][f"auc_{kind}"][b] for kind in ("own", "other", "background")]
+        assert row.split()[7:10] == [f"{value:.1f}" for value in expected]
     assert (tmp_path / "run/checkpoint_0002.pib.shapes.json").exists()
     kept = [s for s in pib.Shapes("val", 32, 40)
             if (s["box"][2] - s["box"][0]) * (s["box"][3] - s["box"][1]) < 256]
@@ -382,6 +537,12 @@ def test_shapes_run_folder_and_random(tmp_path, capsys, monkeypatch):
     r, _ = run(capsys, "--weights", "random", "--like", tmp_path / "run/checkpoint_0000.pt", "--seed", 3)
     assert r["weights"] == "random" and r["seed"] == 3
     assert (tmp_path / "runs/random/pib.shapes.entmax15_r2_spec.s3.json").exists()
+
+
+def test_a_question_that_no_patch_is_asked_has_no_answer(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(pib, "WINDOW", 15)                          # the whole of 8 x 8 patches is near
+    m = run(capsys, "--weights", checkpoint)[0]["metrics"]
+    assert m["auc_background"] == m["auc_other"] == [None] * 3 and None not in m["auc_own"]
 
 
 def overlap_by_inclusion(box):
