@@ -35,7 +35,8 @@ def place(tmp_path, monkeypatch):
     """A folder with good weights W.pt and pictures, in which every command runs."""
     monkeypatch.chdir(tmp_path)
     for name in ("probe_linear", "probe_seg", "probe_depth", "pib"):  # a few scenes are as good for this
-        monkeypatch.setattr(importlib.import_module(name), "Shapes", lambda split, size, _: Shapes(split, size, 20))
+        monkeypatch.setattr(importlib.import_module(name), "Shapes",
+                            lambda split, size, _, cards=1: Shapes(split, size, 20, cards))
     torch.manual_seed(0)
     torch.save(checkpoint(), "W.pt")
     draw("pictures", 8)
