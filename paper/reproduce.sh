@@ -9,7 +9,8 @@
 # side, each with a log of its own; the first that fails stops the others.
 # The paper's protocol takes these folders, each as --root of its probe: IMAGENET (train/ and val/), BOXES (XMLs of val),
 # VOC, ADE20K, CITYSCAPES, NYU, SUNRGBD (with NYU), KITTI. Also read: SEEDS, METHODS, JOBS, GPUS, and TRAIN_FLAGS and
-# PROBE_FLAGS, which are added to every training and to every probe that trains heads.
+# PROBE_FLAGS, which are added to every training and to every probe that trains heads. On the embedded data set, LONG:
+# seeds of the trainings of softmax and entmax for five times the epochs; LONG= leaves them out, half of the time.
 set -euo pipefail
 shopt -s extglob                                  # +([0-9]) is a number
 cd "$(dirname "$0")/.."
@@ -23,7 +24,7 @@ elif [[ $roots ]]; then
   echo "IMAGENET is not set: the paper's protocol pretrains on it; set it, or none of the other data roots" >&2
   exit 2
 else
-  name=shapes seeds=${SEEDS:-0 1 2} jobs=${JOBS:-$(nproc)}
+  name=shapes seeds=${SEEDS:-0 1 2 3 4} long=${LONG-0 1} jobs=${JOBS:-$(nproc)}
   train=(python train.py)
   export OMP_NUM_THREADS=1                        # so small a model gains 20 % from a second thread
 fi
@@ -50,10 +51,22 @@ finish() {
   while (($(jobs -rp | wc -l))); do wait -n || true; done
 }
 
-last() { printf '%s\n' "$1"/checkpoint_+([0-9]).pt | sort -V | tail -n 1; }
+numbered() { printf '%s\n' "$1"/checkpoint_+([0-9]).pt | sort -V; }
+
+last() { numbered "$1" | tail -n 1; }
+
+thirds() { numbered "$1" | awk '{ file[NR] = $0 } END { for (i = (NR - 1) % 3 + 1; i <= NR; i += 3) print file[i] }'; }
 
 # ---- pretraining
-runs=()
+runs=() long_runs=()
+for seed in ${long-}; do                          # the longest first
+  for method in softmax entmax15; do
+    run=runs/${name}_${method}_e120_s$seed
+    long_runs+=("$run")
+    pool "$run.log" "${train[@]}" ${FLAGS[$method]} --seed "$seed" --out "$run" --epochs 120 --save-every 20 \
+      ${TRAIN_FLAGS-}
+  done
+done
 for seed in $seeds; do
   for method in $METHODS; do
     run=runs/${name}_${method}_s$seed
@@ -68,45 +81,47 @@ probe() {                                         # PROBE DATA WEIGHTS FLAGS...
   pool "${3%.pt}.$1.$2.log" python "probe_$1.py" --data "$2" --weights "${@:3}" ${PROBE_FLAGS-}
 }
 
-probes() {                                        # WEIGHTS: on all data at hand
-  if [[ $name == shapes ]]; then
-    for what in linear seg depth; do probe $what shapes "$1"; done
-    return
-  fi
-  probe linear imagenet "$1" --root "$IMAGENET"
-  [[ ! ${VOC-} ]] || probe seg voc "$1" --root "$VOC"
-  [[ ! ${ADE20K-} ]] || probe seg ade20k "$1" --root "$ADE20K"
-  [[ ! ${CITYSCAPES-} ]] || probe seg cityscapes "$1" --root "$CITYSCAPES"
-  [[ ! ${NYU-} ]] || probe depth nyu "$1" --root "$NYU"
-  [[ ! ${NYU-} || ! ${SUNRGBD-} ]] || probe depth sunrgbd "$1" --root "$SUNRGBD" --train-root "$NYU"
-  [[ ! ${KITTI-} ]] || probe depth kitti "$1" --root "$KITTI"
+by_block() {                                      # RUN WEIGHTS...: mIoU with and without [CLS], and point-in-box
+  pool "$1/seg.log" python probe_seg.py --data shapes --weights "${@:2}" --blocks all --concat-cls both ${PROBE_FLAGS-}
+  pool "$1/pib.log" python pib.py --data shapes --weights "${@:2}"
 }
-
-pib() {                                           # RUN: every numbered checkpoint
-  local data=(shapes)
-  [[ $name == shapes ]] || data=(folder --root "$IMAGENET/val" --boxes "${BOXES-}")
-  pool "$1/pib.log" python pib.py --data "${data[@]}" --weights "$1"
-}
-
-for run in "${runs[@]}"; do
-  probes "$(last "$run")"
-  [[ $name != shapes && ! ${BOXES-} ]] || pib "$run"
-done
 
 first=${seeds%% *}
-for method in $METHODS; do                        # the untrained control
-  [[ $name != shapes ]] || probes "runs/${name}_${method}_s$first/checkpoint_0000.pt"
-done
-
-segmentation=(shapes)                             # Fig. 2b; not named as table1.py's results, being of another protocol
-[[ $name == shapes ]] || segmentation=(voc --root "${VOC-}")
-for method in softmax entmax15; do
-  [[ $name == shapes || ${VOC-} ]] || continue
-  for weights in "runs/${name}_${method}_s$first"/checkpoint_+([0-9]).pt; do
-    [[ ! -e $weights ]] || pool "${weights%.pt}.blocks.log" python probe_seg.py --data "${segmentation[@]}" \
-      --weights "$weights" --blocks all --concat-cls both --out "${weights%.pt}.blocks.json" ${PROBE_FLAGS-}
+if [[ $name == shapes ]]; then
+  for run in "${runs[@]}"; do
+    by_block "$run" $(thirds "$run")
+    for what in linear depth; do probe $what shapes "$(last "$run")"; done
   done
-done
+  for method in $METHODS; do                      # the untrained control
+    for what in linear depth; do probe $what shapes "runs/${name}_${method}_s$first/checkpoint_0000.pt"; done
+  done
+  for run in ${long_runs[@]+"${long_runs[@]}"}; do
+    by_block "$run" "$run"                        # every numbered checkpoint
+    pool "$run/knn.log" python probe_linear.py --knn --data shapes --weights "$run"
+  done
+else
+  for run in "${runs[@]}"; do
+    weights=$(last "$run")
+    probe linear imagenet "$weights" --root "$IMAGENET"
+    [[ ! ${VOC-} ]] || probe seg voc "$weights" --root "$VOC"
+    [[ ! ${ADE20K-} ]] || probe seg ade20k "$weights" --root "$ADE20K"
+    [[ ! ${CITYSCAPES-} ]] || probe seg cityscapes "$weights" --root "$CITYSCAPES"
+    [[ ! ${NYU-} ]] || probe depth nyu "$weights" --root "$NYU"
+    [[ ! ${NYU-} || ! ${SUNRGBD-} ]] || probe depth sunrgbd "$weights" --root "$SUNRGBD" --train-root "$NYU"
+    [[ ! ${KITTI-} ]] || probe depth kitti "$weights" --root "$KITTI"
+    [[ ! ${BOXES-} ]] ||
+      pool "$run/pib.log" python pib.py --data folder --root "$IMAGENET/val" --boxes "$BOXES" --weights "$run"
+  done
+  for seed in $seeds; do                          # Fig. 2b; not named as table1.py's results: of another protocol
+    for method in softmax entmax15; do
+      for weights in "runs/${name}_${method}_s$seed"/checkpoint_+([0-9]).pt; do
+        [[ ! ${VOC-} || ! -e $weights ]] || pool "${weights%.pt}.blocks.log" python probe_seg.py --data voc \
+          --root "$VOC" --weights "$weights" --blocks all --concat-cls both --out "${weights%.pt}.blocks.json" \
+          ${PROBE_FLAGS-}
+      done
+    done
+  done
+fi
 finish
 
 # ---- figures and tables
@@ -127,15 +142,38 @@ fi
 figure pca pca --weights "${folders[-1]}/checkpoint_0000.pt" "${weights[@]}" "${pictures[@]}"     # untrained beside them
 figure attention attention --weights "${weights[@]}" "${one[@]}"
 figure curves curves --runs "${folders[@]}"
-for run in "${folders[@]}"; do                    # of one range, or their colours would not compare
-  which=${run#runs/"${name}"_}
-  maps=("$run"/*.pib.*.json)
-  [[ ! -e ${maps[0]} ]] || figure "pib_$which" heatmap --results "${maps[@]}" --range 0 80
-  maps=("$run"/*.blocks.json)
-  [[ ! -e ${maps[0]} ]] || for cls in no yes; do
-    figure "miou_${which}_cls_$cls" heatmap --results "${maps[@]}" --concat-cls $cls --range 0 60
-  done
+
+map() {                                           # NAME METHOD RESULTS FLAGS...: mean over seeds; RESULTS in each run
+  local files=(runs/"$name"_"$2"_s+([0-9])/$3)
+  [[ ! -e ${files[0]} ]] || figure "$1" heatmap --results "${files[@]}" "${@:4}"
+}
+
+difference() {                                    # NAME METHOD RESULTS FLAGS...: entmax15 - softmax, seed by seed
+  local files=(runs/"$name"_softmax"${2#entmax15}"_s+([0-9])/$3)
+  [[ ! -e ${files[0]} ]] || map "$1" "$2" "$3" --minus "${files[@]}" "${@:4}"
+}
+
+seg='*.seg.*.json' range=(40 60)
+[[ $name == shapes ]] || seg='*.blocks.json' range=(0 60)
+for method in $METHODS; do                        # of one range, or their colours would not compare
+  map "pib_$method" "$method" '*.pib.*.json' --range 0 80
+  for cls in no yes; do map "miou_${method}_cls_$cls" "$method" "$seg" --concat-cls $cls --range "${range[@]}"; done
 done
+if [[ " $METHODS " == *" softmax "* && " $METHODS " == *" entmax15 "* ]]; then
+  difference pib_difference entmax15 '*.pib.*.json'
+  for cls in no yes; do difference "miou_difference_cls_$cls" entmax15 "$seg" --concat-cls $cls; done
+fi
+if [[ $name == shapes ]]; then
+  for metric in auc_own auc_other auc_background; do
+    map "${metric}_softmax" softmax '*.pib.*.json' --metric $metric --range 50 100
+    map "${metric}_entmax15" entmax15 '*.pib.*.json' --metric $metric --range 50 100
+  done
+  for cls in no yes; do
+    map "long_miou_softmax_cls_$cls" softmax_e120 "$seg" --concat-cls $cls --range "${range[@]}"
+    map "long_miou_entmax15_cls_$cls" entmax15_e120 "$seg" --concat-cls $cls --range "${range[@]}"
+    difference "long_miou_difference_cls_$cls" entmax15_e120 "$seg" --concat-cls $cls
+  done
+fi
 finish
 python -m paper.table1 "${runs[@]}" --out paper/results/table1.md
 echo "$((SECONDS / 60)) min; paper/results/ holds the tables and figures"

@@ -1,6 +1,7 @@
 """reproduce.sh with stand-ins for python and torchrun that note what they are asked and leave the files behind that the
 real scripts would; the real parsers then read every command."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -27,19 +28,19 @@ echo "$line" >> calls
 script=$1
 while shift; do case ${1-} in
   --out) out=$2 ;;
-  --weights) weights=$2 ;;
+  --weights) while [[ ${2-} && ${2-} != -* ]]; do weights+=" $2"; shift; done ;;
   --data) data=$2 ;;
   "${BROKEN:-none}") echo "the cause of it"; exit 1 ;;
 esac; done
 if [[ ${SLOW-} ]]; then touch pid$$; exec sleep 600; fi
 if [[ $script == train.py && ! -e $out ]]; then
   mkdir -p $out
-  touch $out/checkpoint_00{00,04,24}.pt
+  touch $out/checkpoint_00{00,04,08,12,16,20,24}.pt
 elif [[ ${out-} ]]; then
   touch $out
 elif [[ ${weights-} ]]; then
   probe=${script#probe_}
-  [[ -f $weights ]] || weights="$weights/checkpoint_????.pt"
+  for path in $weights; do [[ -f $path ]] || weights="$path/checkpoint_????.pt"; done
   for path in $weights; do touch ${path%.pt}.${probe%.py}.$data.json; done
 fi
 """
@@ -61,7 +62,8 @@ def reproduce(tmp_path):
 
     def run(background=False, **variables):
         (tmp_path / "calls").unlink(missing_ok=True)
-        clean = {k: v for k, v in os.environ.items() if k not in ("IMAGENET", "VOC", "METHODS", "SEEDS", "JOBS")}
+        read = "IMAGENET", "VOC", "METHODS", "SEEDS", "LONG", "JOBS"
+        clean = {name: value for name, value in os.environ.items() if name not in read}
         process = subprocess.Popen(
             ["bash", f"paper/{SCRIPT.name}"], cwd=tmp_path, preexec_fn=heeds_interrupts, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -83,45 +85,64 @@ def parse(calls, folder, monkeypatch):
     monkeypatch.chdir(folder)
     parsed = []
     for script, *argv in calls:
-        if script == "paper.figures" and "--results" in argv:          # must be there; of one run
-            files = argv[argv.index("--results") + 1:argv.index("--range")]
-            files = [Path(name) for name in files if name.endswith(".json")]
-            assert len(files) == 3 and all(f.exists() and f.parent == files[0].parent for f in files)
+        for flag in ("--results", "--minus"):                           # must be there; of one method
+            if flag in argv:
+                files = [Path(name) for name in itertools.takewhile(lambda x: x[0] != "-", argv[argv.index(flag) + 1:])]
+                assert len(files) > 1 and all(f.exists() for f in files)
+                assert len({f.parent.name.rpartition("_s")[0] for f in files}) == 1
         parsed.append((script, PARSERS[script].parse_args(argv)))
     return parsed
 
 
+METHODS = {"softmax": ("softmax", 0, False), "softmax_r4": ("softmax", 4, False), "softmax_spec": ("softmax", 0, True),
+           "entmax15": ("entmax15", 0, False)}
+
+
 def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
-    """Four methods, three seeds, every probe of each, controls, Fig. 2b, pictures, table, in flags that exist."""
+    """Four methods, five seeds, every probe, controls, Fig. 2, long runs, pictures, table, in flags that exist."""
     code, calls, said = reproduce(JOBS="2")
     assert code == 0, said
     assert {name: names(calls).count(name) for name in PARSERS} == {
-        "train.py": 12, "probe_linear.py": 12 + 4, "probe_depth.py": 12 + 4, "probe_seg.py": 12 + 4 + 2 * 3,
-        "pib.py": 12, "paper.figures": 3 + 4 + 2 * 2, "paper.table1": 1}
+        "train.py": 20 + 4, "probe_linear.py": 20 + 4 + 4, "probe_depth.py": 20 + 4, "probe_seg.py": 20 + 4,
+        "pib.py": 20 + 4, "paper.figures": 3 + 4 * 3 + 3 + 3 * 2 + 2 * 3, "paper.table1": 1}
     parsed = parse(calls, tmp_path, monkeypatch)
-    trained = [args for script, args in parsed if script == "train.py"]
-    assert {(a.attn, a.registers, a.specialize, a.seed) for a in trained} == {
-        (*method, seed) for seed in range(3)
-        for method in [("softmax", 0, False), ("softmax", 4, False), ("softmax", 0, True), ("entmax15", 0, False)]}
-    defaults = [train.parse_args([*flags.split(), "--seed", str(seed)]).out for seed in range(3)
-                for flags in ("", "--registers 4", "--specialize", "--attn entmax15")]
-    assert sorted(a.out for a in trained) == sorted(defaults)
+    trained = {args.out: args for script, args in parsed if script == "train.py"}
+    short = {f"runs/shapes_{method}_s{seed}": (*METHODS[method], seed, 24) for seed in range(5) for method in METHODS}
+    long = {f"runs/shapes_{method}_e120_s{seed}": (*METHODS[method], seed, 120) for seed in range(2)
+            for method in ("softmax", "entmax15")}
+    assert {out: (a.attn, a.registers, a.specialize, a.seed, a.epochs) for out, a in trained.items()} == short | long
+    for out in short:                                               # the folders are those without --out
+        assert train.parse_args([*train_flags(trained[out]), "--seed", str(trained[out].seed)]).out == out
     for script in ("probe_linear.py", "probe_depth.py"):
-        assert sorted(args.weights[0] for name, args in parsed if name == script) == sorted(
-            [f"{a.out}/checkpoint_0024.pt" for a in trained]
-            + [f"{a.out}/checkpoint_0000.pt" for a in trained if a.seed == 0])
-    maps = [args for script, args in parsed if script == "probe_seg.py" and args.blocks is None]
-    assert {m.weights[0].rpartition("/")[0] for m in maps} == {"runs/shapes_softmax_s0", "runs/shapes_entmax15_s0"}
-    assert len({m.out for m in maps}) == 6 and all(m.concat_cls == "both" for m in maps)
-    found = table1.find_results(["runs"])                           # Fig. 2b's are of another protocol
-    assert len(found) == 12 * 3 + 3 * 16 and not {Path(m.out) for m in maps} & set(found)
+        last = [args.weights for name, args in parsed if name == script and not getattr(args, "knn", False)]
+        assert sorted(last) == sorted([f"{out}/checkpoint_{epoch}.pt"] for out in short for epoch in ("0000", "0024")
+                                      if epoch == "0024" or "_s0" in out)
+    for script in ("probe_seg.py", "pib.py"):                       # untrained, half, whole
+        assert sorted(args.weights for name, args in parsed if name == script) == sorted(
+            [f"{out}/checkpoint_{epoch:04d}.pt" for epoch in range(0, 25, 4 if out in long else 12)]
+            for out in [*short, *long])
+    assert sum(name == "probe_linear.py" and args.knn and len(args.weights) == 7 for name, args in parsed) == len(long)
+    assert all(a.blocks is None and a.concat_cls == "both" for name, a in parsed if name == "probe_seg.py")
+    differences = [a for name, a in parsed if name == "paper.figures" and getattr(a, "minus", None)]
+    assert len(differences) == 3 + 2
+    for a in differences:
+        assert sorted(a.minus) == sorted(name.replace("entmax15", "softmax") for name in a.results)
     table = parsed[-1][1]
-    assert sorted(table.results) == sorted(defaults) and table.out == "paper/results/table1.md"
+    assert sorted(table.results) == sorted(short) and table.out == "paper/results/table1.md"
+
+
+def train_flags(args):
+    return ["--attn", args.attn, "--registers", str(args.registers), *["--specialize"] * args.specialize]
+
+
+def test_the_long_runs_may_be_left_out(reproduce):
+    code, calls, said = reproduce(JOBS="2", LONG="", SEEDS="3", METHODS="softmax entmax15")
+    assert code == 0 and names(calls).count("train.py") == 2 and "e120" not in str(calls), said
 
 
 def test_what_is_finished_the_probes_decide(reproduce):
     """No result is passed over by its age: its flags or its data may be others. The logs of both times are kept."""
-    few = dict(METHODS="softmax", SEEDS="0", JOBS="1")
+    few = dict(METHODS="softmax", SEEDS="0", LONG="", JOBS="1")
     _, first, _ = reproduce(**few)
     assert names(first).count("probe_linear.py") == 2
     _, second, _ = reproduce(**few, PROBE_FLAGS="--seeds 3")
@@ -135,13 +156,14 @@ def test_a_run_of_more_than_9999_epochs(reproduce, tmp_path):
     run.mkdir(parents=True)
     for name in "0000.pt 9999.pt 10000.pt 20000.pt 20000.seg.shapes.head.pt 9999.linear.shapes.head.pt".split():
         (run / f"checkpoint_{name}").touch()
-    code, calls, said = reproduce(METHODS="softmax", SEEDS="0", JOBS="1")
-    weights = [argv[argv.index("--weights") + 1].rpartition("_")[2] for argv in calls if argv[0] == "probe_seg.py"]
-    assert code == 0 and weights == ["20000.pt", "0000.pt", "0000.pt", "10000.pt", "20000.pt", "9999.pt"], said
+    code, calls, said = reproduce(METHODS="softmax", SEEDS="0", LONG="", JOBS="1")
+    weights = {argv[0]: [name[-8:] for name in argv if name.endswith(".pt")] for argv in reversed(calls)}
+    assert code == 0 and weights["probe_linear.py"] == ["20000.pt"], said
+    assert weights["probe_seg.py"] == ["_0000.pt", "20000.pt"]      # every third, from the last on
 
 
 def test_a_failure_stops_the_others_and_shows_its_log(reproduce, tmp_path):
-    code, calls, said = reproduce(JOBS="3", METHODS="softmax entmax15", BROKEN="entmax15")
+    code, calls, said = reproduce(JOBS="3", LONG="", METHODS="softmax entmax15", BROKEN="entmax15")
     assert code == 1 and "the cause of it" in said and "runs/shapes_entmax15_s0.log" in said
     assert set(names(calls)) == {"train.py"} and not (tmp_path / "results").exists()
 
