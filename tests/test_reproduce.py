@@ -198,7 +198,7 @@ def test_the_papers_protocol(reproduce, tmp_path, monkeypatch):
     probes = [(args.data, args.root, args.seeds) for script, args in parsed if "probe" in script][:7]
     assert probes == [("imagenet", str(tmp_path / "ImageNet 1k"), 3), *(
         (name, roots[name.upper()], 3) for name in ("voc", "ade20k", "cityscapes", "nyu", "sunrgbd", "kitti"))]
-    assert names(calls).count("probe_seg.py") == 2 * 3 + 2 * 3      # and no untrained controls
+    assert names(calls).count("probe_seg.py") == 2 * 3 + 2 * 7      # and no untrained controls
     boxes = [args for script, args in parsed if script == "pib.py"]
     assert [(b.root, b.boxes) for b in boxes] == [(str(tmp_path / "ImageNet 1k/val"), roots["BOXES"])] * 2
 
