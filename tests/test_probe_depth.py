@@ -19,9 +19,12 @@ import probe_depth
 import shapes
 import vit
 
-CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=4, heads=2, registers=1)
+CONFIG = vit.ViTConfig(image_size=16, patch_size=8, dim=16, depth=4, heads=2, registers=1)      # scenes of 32 pixels
 COARSE = vit.ViTConfig(image_size=64, patch_size=32, dim=16, depth=5, heads=2)      # 480 x 640 in 300 tokens
-KEYS = "probe data root weights weights_sha256 which epochs config seed metrics protocol".split()
+KEYS = "probe data root weights weights_sha256 which epochs run_seed config seed metrics protocol".split()
+PROTOCOL = ("probe data train_on train val size fingerprint partial blocks precision feature iters batch_size crop "
+            "seeds bins max_depth lr optimizer schedule loss loss_warmup eval_every augmentation mirrored cap window "
+            "padding reported").split()
 CPU = torch.device("cpu")
 
 
@@ -52,8 +55,9 @@ def coarse(tmp_path):
 
 @pytest.fixture
 def few_scenes(monkeypatch):
-    """40 train and 20 val scenes in place of 2,000 and 1,000."""
-    monkeypatch.setattr(probe_depth, "Shapes", lambda split, size, length: shapes.Shapes(split, size, length // 50))
+    """20 train and 10 val scenes in place of 1,000 and 500."""
+    monkeypatch.setattr(probe_depth, "Shapes", lambda split, size, length, cards:
+                        shapes.Shapes(split, size, length // 50, cards))
 
 
 def write(path, pixels):
@@ -635,7 +639,8 @@ def test_result_equals_the_evaluation_by_hand(tmp_path, coarse, capsys, data):
     run("--weights", coarse, "--data", data, "--root", root, *flags, "--allow-partial", "--iters", 3, "--batch-size", 3,
         "--crop", 64, 96, "--workers", 0, "--eval-every", 2, "--save-images", 2)
     r = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(r) == KEYS and r == json.loads((tmp_path / f"coarse.depth.{data}.json").read_text())
+    assert list(r) == KEYS and list(r["protocol"]) == PROTOCOL
+    assert r == json.loads((tmp_path / f"coarse.depth.{data}.json").read_text())
 
     most, model = 80.0 if data == "kitti" else 10.0, disk.load_backbone(coarse)
     weights = torch.load(tmp_path / f"coarse.depth.{data}.head.pt")["heads"]
@@ -691,7 +696,7 @@ def test_training_equals_a_plain_loop(few_scenes, fine, monkeypatch):
     head = types.SimpleNamespace(weight=conv.weight.detach().flatten(1).requires_grad_(),
                                  bias=conv.bias.detach().requires_grad_())
     state = {name: [torch.zeros_like(x), torch.zeros_like(x)] for name, x in vars(head).items()}
-    order, scenes, norms = np.random.default_rng((0, 0, 0)).permutation(40), shapes.Shapes("train", 32, 40), []
+    order, scenes, norms = np.random.default_rng((0, 0, 0)).permutation(20), shapes.Shapes("train", 32, 20, 5), []
     for t in range(4):
         pair = [scenes[int(i)] for i in order[2 * t:2 * t + 2]]
         features = model.features(vit.normalize(torch.stack([scene["image"] for scene in pair])), norm=False)
@@ -700,7 +705,7 @@ def test_training_equals_a_plain_loop(few_scenes, fine, monkeypatch):
         g = (p + 0.001).log() - (torch.stack([scene["depth"] for scene in pair]) + 0.001).log()
         ((g.var() if t else 0) + 0.15 * g.mean() ** 2).sqrt().backward()
         norms.append(math.sqrt(sum(x.grad.square().sum().item() for x in vars(head).values())))
-        rate = 1e-2 * (1 + math.cos(math.pi * t / 4)) / 2 * (0.001 + 0.999 * min(1, t / (4 / 3)))
+        rate = 3e-2 * (1 + math.cos(math.pi * t / 4)) / 2 * (0.001 + 0.999 * min(1, t / (4 / 3)))
         with torch.no_grad():
             for name, x in vars(head).items():
                 grad, (m, v) = x.grad * min(1, 0.02 / norms[-1]), state[name]
@@ -709,8 +714,8 @@ def test_training_equals_a_plain_loop(few_scenes, fine, monkeypatch):
                 x -= rate * 0.01 * x + rate * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
                 x.grad = None
     assert min(norms) > 0.02
-    torch.testing.assert_close(ours["0.weight"], head.weight.detach(), rtol=0, atol=3e-6)
-    torch.testing.assert_close(ours["0.bias"], head.bias.detach(), rtol=0, atol=3e-6)
+    off = torch.cat([ours["0.weight"] - head.weight, (ours["0.bias"] - head.bias)[:, None]], 1).abs().amax(1)
+    assert (off < 3e-6).sum() >= 248, off.sort()                    # of 256 bins: some have a pixel on the ReLU's kink
 
 
 @pytest.mark.parametrize("data", ["shapes", "nyu"])
@@ -789,7 +794,8 @@ def test_recipe_is_the_papers_and_is_trained(tmp_path, coarse, few_scenes, monke
                     crop=crop, max_depth=most, cap=cap, window=window,
                     train_on="nyu" if data == "sunrgbd" else data)
     if data == "shapes":
-        expected |= dict(iters=300, lr=1e-2, eval_every=100, loss_warmup=1, train=40, val=20)
+        expected |= dict(iters=2_000, batch_size=4, lr=3e-2, eval_every=2_000, loss_warmup=5, train=20, val=10,
+                         size=2 * 64, cards=5)
     assert {name: stamp[name] for name in expected} == expected
     assert (probe_depth.MAX_NORM, probe_depth.MIN_DEPTH, probe_depth.BINS) == (35, 0.001, 256)
     if counts:
@@ -800,7 +806,7 @@ def test_recipe_is_the_papers_and_is_trained(tmp_path, coarse, few_scenes, monke
     batches, loss = [], probe_depth.sig_loss
     monkeypatch.setattr(probe_depth, "sig_loss", lambda p, t, w: (batches.append((p.shape, t.shape)), loss(p, t, w))[1])
     run(*flags, "--iters", 1, "--workers", 0)
-    assert batches == [2 * ((16, *(crop or (64, 64))),)]
+    assert batches == [2 * ((expected["batch_size"], *(crop or (128, 128))),)]
 
 
 def test_logged_loss_is_the_mean_since_the_last_line(few_scenes, fine, capsys, monkeypatch):
@@ -962,18 +968,18 @@ def test_head_of_a_seed_is_that_of_a_probe_alone(few_scenes, fine, monkeypatch, 
 
 
 @pytest.mark.parametrize("planted", [True, False])
-def test_planted_depth_is_found_and_shuffled_depth_is_not(tmp_path, few_scenes, fine, capsys, monkeypatch, planted):
+def test_planted_depth_is_found_and_shuffled_depth_is_not(tmp_path, fine, capsys, monkeypatch, planted):
     """Patches say which of five depths their image has; shuffled, nothing beats the constant by more than luck."""
     levels = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
 
     def extract(model, scenes, args, device):
-        n, seed = len(scenes), scenes.split == "val"
-        which = torch.randint(5, (n,), generator=torch.Generator().manual_seed(int(seed)))
+        n = len(scenes)
+        which = torch.randint(5, (n,), generator=torch.Generator().manual_seed(n))      # train and val differ
         said = which if planted else which[torch.randperm(n, generator=torch.Generator().manual_seed(5))]
         patches = 3000 * F.one_hot(said, 16).float()[:, None, None, None].expand(n, 4, 2, 2, 16)
         return torch.zeros(n, 4, 16), patches, levels[which].view(n, 1, 1).expand(n, 16, 16)
 
-    monkeypatch.setattr(probe_depth, "Shapes", lambda split, size, length: shapes.Shapes(split, size, length // 10))
+    monkeypatch.setattr(probe_depth, "Shapes", lambda split, size, length, cards: range(length // 5))
     monkeypatch.setattr(probe_depth, "extract", extract)
     run("--weights", fine, "--iters", 300, "--batch-size", 16, "--out", "a.json")
     metrics = result(capsys, "a.json")["metrics"]
@@ -986,11 +992,12 @@ def test_planted_depth_is_found_and_shuffled_depth_is_not(tmp_path, few_scenes, 
 def test_shapes_end_to_end(few_scenes, fine, capsys):
     run("--weights", fine, "--iters", 4, "--batch-size", 4, "--save-images", 2)
     r = result(capsys, "fine.depth.shapes.json")
-    assert list(r) == KEYS and r["protocol"]["train"] == 40 and r["protocol"]["val"] == 20
+    assert list(r) == KEYS and r["protocol"]["train"] == 20 and r["protocol"]["val"] == 10
+    assert list(r["protocol"]) == [*PROTOCOL, "cards"] and r["protocol"]["cards"] == 5 and r["protocol"]["size"] == 32
     assert r["protocol"]["partial"] is False and r["protocol"]["mirrored"] is False
-    val = list(shapes.Shapes("val", 32, 20))
-    constant = torch.stack([scene["depth"].double() for scene in shapes.Shapes("train", 32, 40)]).mean()
-    expected = sum((scene["depth"] - constant).square().mean().sqrt() for scene in val) / 20
+    val = list(shapes.Shapes("val", 32, 10, 5))
+    constant = torch.stack([scene["depth"].double() for scene in shapes.Shapes("train", 32, 20, 5)]).mean()
+    expected = sum((scene["depth"] - constant).square().mean().sqrt() for scene in val) / 10
     assert r["metrics"]["rmse_constant"] == pytest.approx(expected.item(), rel=1e-6)
     weights = torch.load("fine.depth.shapes.head.pt")["heads"]
     head = types.SimpleNamespace(weight=weights["0.weight"], bias=weights["0.bias"])
@@ -1000,7 +1007,37 @@ def test_shapes_end_to_end(few_scenes, fine, capsys):
         cls, patches = (torch.stack([getattr(f, name) for f in features], 1) for name in ("cls", "patches"))
         p = F.interpolate(depth_by_hand(head, cls, patches, 10.0)[None], (32, 32), mode="bilinear")[0, 0]
         values.append((p - scene["depth"]).square().mean().sqrt().item())
-    assert r["metrics"]["rmse_last"] == pytest.approx(sum(values) / 20, rel=1e-5)
+    assert r["metrics"]["rmse_last"] == pytest.approx(sum(values) / 10, rel=1e-5)
+
+
+def test_shapes_are_a_thousand_and_five_hundred_scenes_of_up_to_five_cards(fine, monkeypatch):
+    monkeypatch.setattr(probe_depth, "Shapes", lambda *given: [given])
+    found = probe_depth.open_data(probe_depth.parse_args(["--weights", fine]), 64)
+    assert found == ([("train", 64, 1_000, 5)], [("val", 64, 500, 5)], shapes.FINGERPRINT)
+
+
+def test_scenes_of_several_cards_are_rendered_once_for_all_checkpoints(tmp_path, few_scenes, fine, monkeypatch):
+    """At twice the side that the models were trained at."""
+    render, heads, drawn, seen = shapes.Shapes.__getitem__, probe_depth.train_heads, [], []
+
+    def counted(scenes, i):
+        scene = render(scenes, i)
+        drawn.append((scenes.size, scenes.split, i))
+        return scene
+
+    monkeypatch.setattr(shapes.Shapes, "__getitem__", counted)
+    monkeypatch.setattr(probe_depth, "train_heads", lambda *given: (seen.append(given[1:3]), heads(*given))[1])
+    same = save(tmp_path / "same.pt", dataclasses.replace(CONFIG, dim=24))
+    wide = save(tmp_path / "wide.pt", dataclasses.replace(CONFIG, image_size=24))
+    run("--weights", fine, same, wide, "--iters", 1, "--batch-size", 2)
+    assert drawn == [(size, split, i) for size in (32, 48) for split, n in (("train", 20), ("val", 10))
+                     for i in range(n)]
+    assert seen[0][0] is seen[1][0] and seen[0][1] is seen[1][1]
+    for split, found in zip(("train", "val"), seen[0], strict=True):
+        cards = [len(scene["depth"][scene["mask"] > 0].unique()) for scene in found]    # each has one depth
+        assert min(cards) >= 2 and max(cards) == 5                  # one may be hidden
+        for scene, expected in zip(found, shapes.Shapes(split, 32, len(found), 5), strict=True):
+            assert torch.equal(scene["image"], expected["image"]) and torch.equal(scene["depth"], expected["depth"])
 
 
 def test_pictures_show_both_depths_on_the_scale_of_the_label(tmp_path, capsys):

@@ -22,8 +22,8 @@ import vit
 from probe_linear import knn
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "config", "epochs", "seed", "metrics",
-        "protocol"}
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "config", "epochs", "seed",
+        "metrics", "protocol"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +33,12 @@ def away(tmp_path, monkeypatch):
 
 def save(path, seed=7, epoch=3):
     """A checkpoint with the keys that a probe reads; teacher and student differ."""
-    networks = {}
+    networks, args = {}, dict(seed=seed)
     for which in ("teacher", "student"):
         torch.manual_seed(seed)
         networks[which] = vit.VisionTransformer(CONFIG).state_dict()
         seed += 100
-    torch.save(dict(config=dataclasses.asdict(CONFIG), **networks, epoch=epoch), path)
+    torch.save(dict(config=dataclasses.asdict(CONFIG), **networks, epoch=epoch, args=args), path)
     return str(path)
 
 
@@ -200,7 +200,8 @@ def test_folder_end_to_end(tmp_path, checkpoint, capsys, which):
     assert set(r) == KEYS
     assert r["metrics"] == pytest.approx(
         {"top1": expected[20], **{f"top1_k{k}": value for k, value in expected.items()}, "top1_constant": 300 / 7})
-    assert (r["probe"], r["data"], r["weights"], r["which"], r["epochs"]) == ("knn", "folder", checkpoint, which, 3)
+    assert (r["probe"], r["data"], r["weights"], r["which"], r["epochs"], r["run_seed"], r["seed"]) == (
+        "knn", "folder", checkpoint, which, 3, 7, 0)
     assert r["weights_sha256"] == hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     assert r["config"] == dataclasses.asdict(CONFIG)
     assert (r["protocol"]["train"], r["protocol"]["val"], r["protocol"]["classes"]) == (12, 7, 3)
@@ -243,14 +244,14 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
         (models[seed], facts), (again, _) = (
             disk.open_weights("random", like=checkpoint, seed=int(seed)) for _ in range(2))
         assert models[seed].config == CONFIG and not models[seed].training
-        assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0)
+        assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=int(seed))
         assert all(torch.equal(a, b) for a, b in zip(models[seed].parameters(), again.parameters(), strict=True))
     assert not torch.equal(models["0"].pos_embed, models["1"].pos_embed)
     assert not torch.equal(models["1"].pos_embed, disk.load_backbone(checkpoint).pos_embed)
 
     probe_linear.main(["--knn", "--weights", "random", "--like", checkpoint, "--seed", "4", "--workers", "0"])
     r = result(capsys, tmp_path / "runs/random/knn.shapes.entmax15_r2.s4.json")
-    assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
+    assert set(r) == KEYS and r["seed"] == r["run_seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
 
 
 def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, capsys):
@@ -261,7 +262,7 @@ def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, ca
     save(run / "checkpoint.pt", 2, 10)
     probe_linear.main(["--knn", "--weights", str(run), "--workers", "0"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [r["epochs"] for r in lines] == [0, 5, 10]
+    assert [(r["epochs"], r["run_seed"]) for r in lines] == [(0, 0), (5, 1), (10, 2)]
     files = [run / f"checkpoint_{epoch:04d}.knn.shapes.json" for epoch in (0, 5, 10)]
     assert [json.loads(file.read_text()) for file in files] == lines
 

@@ -1,5 +1,8 @@
+import argparse
+import collections
 import colorsys
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +26,7 @@ import vit
 from probe_seg import IGNORE, Head, fit, learning_rate, predict, windows
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = set("probe data root weights weights_sha256 which config epochs seed metrics protocol".split())
+KEYS = set("probe data root weights weights_sha256 which config epochs run_seed seed metrics protocol".split())
 CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
               27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
@@ -49,10 +52,17 @@ def checkpoint(tmp_path):
     return save(tmp_path / "tiny.pt")
 
 
+@functools.cache
+def scenes(split, size, length, cards):
+    """Rendered once for all tests, which only read them."""
+    return list(shapes.Shapes(split, size, length, cards))
+
+
 @pytest.fixture
 def few_scenes(monkeypatch):
-    """40 train and 20 val scenes in place of 2,000 and 1,000."""
-    monkeypatch.setattr(probe_seg, "Shapes", lambda split, size, length: shapes.Shapes(split, size, length // 50))
+    """40 train and 20 val scenes in place of 1,000 and 500."""
+    monkeypatch.setattr(probe_seg, "Shapes",
+                        lambda split, size, length, cards: scenes(split, size, length // 25, cards))
 
 
 # ---- the data sets as they lie on disk ------------------------------------------------------------------------------
@@ -382,12 +392,15 @@ def test_crops_are_a_function_of_seed_epoch_and_index(tmp_path):
 @pytest.mark.parametrize("t, rate", [(0, 1e-9), (1, 6.676e-7), (750, 4.9063e-4), (1499, 9.6188e-4), (1500, 9.625e-4),
                                      (20_000, 5e-4), (39_999, 2.5e-8)])
 def test_learning_rate(t, rate):
-    assert learning_rate(t, 40_000) == pytest.approx(rate, rel=1e-4)
+    assert learning_rate(t, argparse.Namespace(iters=40_000, lr=1e-3)) == pytest.approx(rate, rel=1e-4)
 
 
-def test_learning_rate_scales_with_the_iterations():
-    assert learning_rate(15, 400) == pytest.approx(9.625e-4) and learning_rate(0, 400) == pytest.approx(1e-9)
-    assert [learning_rate(t, 2) for t in range(2)] == [1e-3, 5e-4]         # no warm-up of less than half an iteration
+def test_learning_rate_scales_with_the_iterations_and_the_rate_of_the_recipe():
+    short, shorter = (argparse.Namespace(iters=iters, lr=1e-3) for iters in (400, 2))
+    assert learning_rate(15, short) == pytest.approx(9.625e-4) and learning_rate(0, short) == pytest.approx(1e-9)
+    assert [learning_rate(t, shorter) for t in range(2)] == [1e-3, 5e-4]   # no warm-up of less than half an iteration
+    scenes = probe_seg.parse_args(["--weights", "random"])          # 2,000 iterations at 3e-2, the first 75 warm-up
+    assert [learning_rate(t, scenes) for t in (0, 75, 1000, 1999)] == pytest.approx([3e-8, 2.8875e-2, 1.5e-2, 1.5e-5])
 
 
 def test_loss_on_two_pixels_in_closed_form():
@@ -397,20 +410,41 @@ def test_loss_on_two_pixels_in_closed_form():
         math.log(1 + math.exp(-1)) / 2)
 
 
-def test_head_is_batchnorm_and_a_linear_map_by_hand():
-    head = Head(1, True, seed=3, dim=4, classes=3)
-    assert sum(p.numel() for p in head.parameters()) == 2 * 8 + 8 * 3 + 3
+@pytest.mark.parametrize("concat_cls", [False, True])
+def test_head_is_batchnorm_and_a_linear_map_patch_by_patch(concat_cls):
+    """Each patch, beside it the [CLS] of its picture; then batch statistics in training, running ones in evaluation."""
+    head, dim = Head(1, concat_cls, seed=3, dim=4, classes=3), 8 if concat_cls else 4
+    assert sum(p.numel() for p in head.parameters()) == 2 * dim + dim * 3 + 3
     assert head.conv.bias.eq(0).all()
-    draw = torch.empty(3, 8, 1, 1).normal_(0, 0.01, generator=torch.Generator().manual_seed(3))
+    draw = torch.empty(3, dim, 1, 1).normal_(0, 0.01, generator=torch.Generator().manual_seed(3))
     assert torch.equal(head.conv.weight, draw)
-    cls, patches = torch.randn(2, 4), torch.randn(2, 4, 2, 3)
-    x = torch.cat([patches, cls[:, :, None, None].repeat(1, 1, 2, 3)], 1)
-    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
-    linear = torch.einsum("bdhw,cd->bchw", (x - mean) / (var + 1e-5).sqrt(), head.conv.weight[..., 0, 0])
-    torch.testing.assert_close(head({1: (cls, patches)}), linear, rtol=1e-4, atol=1e-6)
-    running = 0.1 * mean, 0.9 + 0.1 * x.var((0, 2, 3), keepdim=True)
-    linear = torch.einsum("bdhw,cd->bchw", (x - running[0]) / (running[1] + 1e-5).sqrt(), head.conv.weight[..., 0, 0])
-    torch.testing.assert_close(head.eval()({1: (cls, patches)}), linear, rtol=1e-4, atol=1e-6)
+
+    rng = np.random.default_rng(0)
+    cls, patches = rng.normal(1, 2, (2, 4)), rng.normal(-1, 3, (2, 2, 3, 4))       # B = 2, grid 2 x 3
+    gain, shift, weight, bias = (rng.normal(size=size) for size in (dim, dim, (3, dim), 3))
+    parameters = head.norm.weight, head.norm.bias, head.conv.weight, head.conv.bias
+    for parameter, values in zip(parameters, (gain, shift, weight, bias), strict=True):
+        parameter.data = torch.from_numpy(values).float().view(parameter.shape)
+    x = np.zeros((2, 2, 3, dim))
+    for b, y, z in np.ndindex(2, 2, 3):
+        x[b, y, z] = [*patches[b, y, z], *cls[b]] if concat_cls else patches[b, y, z]
+    mean, var = x.reshape(12, dim).mean(0), x.reshape(12, dim).var(0)
+    running_mean, running_var = 0.1 * mean, 0.9 + 0.1 * var * 12 / 11      # momentum 0.1, from 0 and 1; unbiased
+
+    model_gives = torch.from_numpy(patches).float().permute(0, 3, 1, 2)
+    features = {0: None, 1: (torch.from_numpy(cls).float(), model_gives)}
+    for mode, m, v in (("train", mean, var), ("eval", running_mean, running_var)):
+        expected = np.zeros((2, 3, 2, 3))
+        for b, y, z in np.ndindex(2, 2, 3):
+            expected[b, :, y, z] = weight @ (gain * (x[b, y, z] - m) / np.sqrt(v + 1e-5) + shift) + bias
+        out = head.train(mode == "train")(features)
+        torch.testing.assert_close(out.detach().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    # the same whatever the layout in memory, and never the layout that costs twice the time
+    torch.testing.assert_close(head({1: (features[1][0], model_gives.contiguous())}), out)
+    head.norm.register_forward_pre_hook(lambda _, given: layouts.append(given[0].stride()))
+    layouts = []
+    head(features)
+    assert layouts == [(6 * dim, 1, 3 * dim, dim)]                  # channels last
 
 
 # ---- windows and the metric -----------------------------------------------------------------------------------------
@@ -474,12 +508,13 @@ def test_iou_by_hand():
 
 def miou_by_hand(labels, predictions, classes):
     """Sets of pixels, class by class."""
-    pixels = [(y, p) for label, guess in zip(labels, predictions, strict=True)
-              for y, p in zip(label.flatten().tolist(), guess.flatten().tolist(), strict=True) if y != 255]
+    pixels = collections.Counter((y, p) for label, guess in zip(labels, predictions, strict=True)
+                                 for y, p in zip(label.flatten().tolist(), guess.flatten().tolist(), strict=True)
+                                 if y != 255)
     values = []
     for c in range(classes):
-        union = sum(y == c or p == c for y, p in pixels)
-        values.append(100 * sum(y == c and p == c for y, p in pixels) / union if union else math.nan)
+        union = sum(n for (y, p), n in pixels.items() if y == c or p == c)
+        values.append(100 * pixels[c, c] / union if union else math.nan)
     return values
 
 
@@ -521,18 +556,19 @@ def test_each_seed_counts_with_its_own_best_evaluation():
 # ---- learning -------------------------------------------------------------------------------------------------------
 
 class Cells:
-    """Pictures of 4 x 4 cells of 8 x 8 pixels, whose grey value is the class of the cell; or of another cell. Only the
-    2 x 2 pixels in the middle of a cell are labelled: further out, upsampling mixes the cells."""
+    """Pictures of 8 x 8 cells, whose grey value is the class of the cell; or of another cell. Only the middle of a cell
+    is labelled: further out, upsampling mixes the cells. In training, at a quarter of the side, that is all of it."""
 
     shuffled = False
 
-    def __init__(self, split, size, length):
-        rng = np.random.default_rng(len(split))
-        classes = rng.integers(0, 11, (40, 4, 4)).astype(np.uint8)
+    def __init__(self, split, size, length, cards):
+        rng, side = np.random.default_rng(len(split)), size // 8
+        classes = rng.integers(0, 11, (40, 8, 8)).astype(np.uint8)
         shown = rng.permutation(classes.ravel()).reshape(classes.shape) if self.shuffled else classes
-        self.images = torch.from_numpy(shown.repeat(8, 1).repeat(8, 2))[:, None].repeat(1, 3, 1, 1)
-        middle = np.isin(np.arange(32) % 8, (3, 4))
-        self.labels = torch.from_numpy(np.where(middle[:, None] & middle, classes.repeat(8, 1).repeat(8, 2), IGNORE))
+        self.images = torch.from_numpy(shown.repeat(side, 1).repeat(side, 2))[:, None].repeat(1, 3, 1, 1)
+        middle = abs((np.arange(size) + 0.5) / side % 1 - 0.5) < 0.3
+        labels = np.where(middle[:, None] & middle, classes.repeat(side, 1).repeat(side, 2), IGNORE)
+        self.labels = torch.from_numpy(labels)
 
     def __len__(self):
         return 40
@@ -653,40 +689,40 @@ def test_pictures_smaller_than_the_crop_and_odd_to_the_patch_are_padded(tmp_path
 
 
 def test_shapes_end_to_end(few_scenes, tmp_path, checkpoint, capsys):
-    r, saved = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "40", "--batch-size", "8")
+    r, saved = run(capsys, tmp_path, checkpoint, "shapes", *"--iters 40 --batch-size 8 --eval-every 20".split())
     model, state = disk.load_backbone(checkpoint), saved["heads"]
     labels, guesses = [], []
-    for scene in shapes.Shapes("val", 32, 20):
+    for scene in scenes("val", 64, 20, 5):
         patches = model.features(vit.normalize(scene["image"])[None], [-1])[0].patches[0]
         y = (patches - state["0.norm.running_mean"]) / (state["0.norm.running_var"] + 1e-5).sqrt()
         y = (y * state["0.norm.weight"] + state["0.norm.bias"]) @ state["0.conv.weight"][..., 0, 0].T
         y = (y + state["0.conv.bias"]).permute(2, 0, 1)[None]
         labels.append(scene["mask"])
-        guesses.append(F.interpolate(y, (32, 32), mode="bilinear")[0].argmax(0))
+        guesses.append(F.interpolate(y, (64, 64), mode="bilinear")[0].argmax(0))
     assert r["metrics"]["miou_last"] == pytest.approx(float(np.nanmean(miou_by_hand(labels, guesses, 11))), abs=0.01)
     assert r["metrics"]["miou_constant"] == pytest.approx(constant_by_hand(labels))
-    assert (r["protocol"]["classes"], r["protocol"]["crop"], r["protocol"]["train"]) == (11, 32, 40)
+    assert (r["protocol"]["classes"], r["protocol"]["crop"], r["protocol"]["train"]) == (11, 64, 40)
 
 
 def test_training_equals_a_plain_loop(few_scenes, tmp_path, checkpoint, capsys):
     """Order of images, frozen features, loss over all pixels, AdamW's settings and the schedule, written out."""
     _, saved = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "30", "--batch-size", "16", "--eval-every", "30")
-    model, scenes = disk.load_backbone(checkpoint), shapes.Shapes("train", 32, 40)
+    model, drawn, coarse = disk.load_backbone(checkpoint), scenes("train", 64, 40, 5), scenes("train", 16, 40, 5)
     weight = torch.empty(11, 24, 1, 1).normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
     parameters = [torch.ones(24), torch.zeros(24), weight, torch.zeros(11)]
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in parameters], betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=1e-4)
     order = [i for epoch in range(12) for i in np.random.default_rng((0, 0, epoch)).permutation(40).tolist()]
     for t in range(30):
-        batch = [scenes[i] for i in order[16 * t:16 * (t + 1)]]
-        x = model.features(torch.stack([vit.normalize(scene["image"]) for scene in batch]), [-1])[0].patches
+        batch = order[16 * t:16 * (t + 1)]
+        x = model.features(torch.stack([vit.normalize(drawn[i]["image"]) for i in batch]), [-1])[0].patches
         x = (x - x.mean((0, 1, 2))) / (x.var((0, 1, 2), correction=0) + 1e-5).sqrt() * parameters[0] + parameters[1]
         logits = (x @ parameters[2][..., 0, 0].T + parameters[3]).permute(0, 3, 1, 2)
-        logits = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False).log_softmax(1)
-        labels = torch.stack([scene["mask"] for scene in batch]).long()
+        logits = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=False).log_softmax(1)
+        labels = torch.stack([coarse[i]["mask"] for i in batch]).long()
         optimizer.zero_grad()
-        (-logits.gather(1, labels[:, None]).sum() / (16 * 32 * 32)).backward()
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - t / 30) * (1e-6 if t == 0 else 1)       # warm-up of 1.1, so 1
+        (-logits.gather(1, labels[:, None]).sum() / (16 * 16 * 16)).backward()
+        optimizer.param_groups[0]["lr"] = 3e-2 * (1 - t / 30) * (1e-6 if t == 0 else 1)       # warm-up of 1.1, so 1
         optimizer.step()
     for ours, name in zip(parameters, ("norm.weight", "norm.bias", "conv.weight", "conv.bias"), strict=True):
         torch.testing.assert_close(ours.detach(), saved["heads"][f"0.{name}"], rtol=1e-4, atol=1e-5)
@@ -697,14 +733,65 @@ def test_training_equals_a_plain_loop(few_scenes, tmp_path, checkpoint, capsys):
 
 PAPER = dict(crop=512, stride=341, iters=40_000, batch_size=16, lr=1e-3, weight_decay=1e-4, warmup=1_500,
              eval_every=5_000, optimizer="AdamW 0.9 0.999", ignore=255, label_resolution="original", seeds=1,
-             partial=False, train_list="train", block=1, concat_cls=False)
+             partial=False, train_list="train", block=1, concat_cls=False, probe="seg", fingerprint="f",
+             feature="patches, final norm", head="BatchNorm, 1x1 convolution", precision="off",
+             schedule="linear to 0, warm-up from 1e-6", loss="cross-entropy / all pixels",
+             augmentation="resize 0.5-2, crop 0.75, flip 0.5, photometric", padding="to whole patches, zeros around",
+             reported="best over evaluations, of each head seed")
 PROTOCOL = {                                                        # section 6 of the method's description
     "voc": dict(PAPER, short_side=512, long_side=2048, classes=21, train=1_464, val=1_449),
     "ade20k": dict(PAPER, short_side=512, long_side=None, classes=150, train=20_210, val=2_000),
     "cityscapes": dict(PAPER, short_side=1024, long_side=2048, classes=19, train=2_975, val=500),
-    "shapes": dict(PAPER, short_side=None, long_side=None, stride=None, crop=32, classes=11, train=2_000, val=1_000,
-                   iters=1_000, eval_every=125, warmup=38, fingerprint=shapes.FINGERPRINT),
+    "shapes": dict(PAPER, short_side=None, long_side=None, stride=None, crop=64, classes=11, train=1_000, val=500,
+                   iters=2_000, lr=3e-2, eval_every=2_000, warmup=75, fingerprint=shapes.FINGERPRINT,
+                   augmentation="none", cards=5, train_labels="every 4th row and column"),
 }
+
+
+def opened_scenes(size):
+    return probe_seg.open_data(probe_seg.parse_args(["--weights", "random"]), size)[:2]
+
+
+def test_scenes_hold_several_cards_and_the_labels_of_training_are_every_fourth_row_and_column(few_scenes):
+    train, val = opened_scenes(64)
+    assert (len(train), len(val)) == (40, 20)
+    for split, ours in (("train", train), ("val", val)):
+        classes, alone = [], shapes.Shapes(split, 64, 40)
+        for i, (scene, drawn) in enumerate(zip(ours, shapes.Shapes(split, 64, len(ours), cards=5), strict=True)):
+            assert torch.equal(scene["image"], drawn["image"]) and not torch.equal(scene["image"], alone[i]["image"])
+            classes.append(len(drawn["mask"][drawn["mask"] > 0].unique()))
+            if split == "val":
+                assert torch.equal(scene["mask"], drawn["mask"])    # of all pixels
+        assert max(classes) > 3 and np.mean([n > 1 for n in classes]) > 0.9 and max(classes) <= 5
+    quarter, exact = shapes.Shapes("train", 16, 40, cards=5), []
+    for scene, small, drawn in zip(train, quarter, shapes.Shapes("train", 64, 40, cards=5), strict=True):
+        assert scene["mask"].shape == (16, 16) and torch.equal(scene["mask"], small["mask"])
+        # the middle of a pixel of 4 x 4 is where its four inner ones meet
+        inner = torch.stack([drawn["mask"][y::4, x::4] for y in (1, 2) for x in (1, 2)])
+        agree = (inner == inner[0]).all(0)
+        assert torch.equal(scene["mask"][agree], inner[0][agree])
+        exact.append((scene["mask"] == inner[3]).float().mean())
+    assert np.mean(exact) > 0.97                                    # all but pixels on edges
+
+
+def test_scenes_are_drawn_once_for_all_checkpoints(tmp_path, checkpoint, capsys, monkeypatch):
+    drawn = collections.Counter()
+
+    class Counted(shapes.Shapes):
+        def __init__(self, split, size, length, cards):
+            super().__init__(split, size, length // 100, cards)
+
+        def __getitem__(self, i):
+            scene = super().__getitem__(i)                          # past the end, nothing is drawn
+            drawn[self.split, self.size, self.cards, i] += 1
+            return scene
+
+    monkeypatch.setattr(probe_seg, "Shapes", Counted)
+    other = save(tmp_path / "other.pt", seed=8)
+    probe_seg.main(["--weights", checkpoint, other, *"--iters 2 --eval-every 1 --batch-size 2 --save-images 1".split()])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]) == 2
+    assert drawn == {(split, size, 5, i): 1 for split, size, n in (("train", 64, 10), ("train", 16, 10), ("val", 64, 5))
+                     for i in range(n)}
 
 
 @pytest.mark.parametrize("data", PROTOCOL)
@@ -715,26 +802,28 @@ def test_the_defaults_are_the_protocol(tmp_path, checkpoint, monkeypatch, data):
             return None, torch.zeros(2, 2, dtype=torch.uint8)
 
     def claim(out, default, result):
-        p = result["protocol"]
-        assert {name: p[name] for name in PROTOCOL[data]} == PROTOCOL[data]
+        assert result["protocol"] == dict(PROTOCOL[data], data=data)       # nothing else is in it
         assert (out, default, result["data"]) == (None, str(tmp_path / f"tiny.seg.{data}.json"), data)
         raise ValueError("seen")
 
-    if data != "shapes":
-        counts = {split: PROTOCOL[data][split] for split in ("train", "val")}
-        assert {split: probe_seg.RECIPES[data][split] for split in counts} == counts
+    counts = {split: PROTOCOL[data][split] for split in ("train", "val")}
+    assert {split: probe_seg.RECIPES[data][split] for split in counts} == counts
+    if data == "shapes":                                            # without the time that drawing takes
+        monkeypatch.setattr(probe_seg, "Shapes", lambda split, size, length, cards: [dict(mask=None)] * length)
+    else:
         monkeypatch.setattr(probe_seg, "open_data", lambda args, size: (*(Full([0] * n) for n in counts.values()), "f"))
     monkeypatch.setattr(disk, "claim", claim)
     with pytest.raises(SystemExit, match="seen"):
-        probe_seg.main(["--weights", checkpoint, "--data", data] + ["--root", "."] * (data != "shapes"))
+        probe_seg.main(["--weights", checkpoint, "--data", data, "--amp", "off"] + ["--root", "."] * (data != "shapes"))
 
 
 @pytest.mark.parametrize("data, flags, n, crop, views", [
-    ("voc", "", 16, 512, 2), ("ade20k", "", 16, 512, 2), ("cityscapes", "", 16, 512, 3 * 6), ("shapes", "", 16, 32, 20),
-    ("voc", "--batch-size 3 --crop 96 --short-side 128", 3, 96, 2 * 2), ("shapes", "--batch-size 3", 3, 32, 20)])
+    ("voc", "", 16, 512, 2), ("ade20k", "", 16, 512, 2), ("cityscapes", "", 16, 512, 3 * 6), ("shapes", "", 16, 64, 20),
+    ("voc", "--batch-size 3 --crop 96 --short-side 128", 3, 96, 2 * 2), ("shapes", "--batch-size 3", 3, 64, 20)])
 def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint, monkeypatch, data, flags, n, crop,
                                                views):
-    """Batches of 16 crops of 512 px, windows of 512 px; by their shapes, with features that cost nothing."""
+    """Batches of 16 crops of 512 px, windows of 512 px; scenes of twice image_size, whole, labels of training a quarter
+    of their side; by their shapes, with features that cost nothing."""
     frozen, labelled = [], []
 
     def features(model, images, blocks, args):
@@ -751,7 +840,7 @@ def test_what_the_protocol_says_is_what_is_fed(few_scenes, tmp_path, checkpoint,
     if data != "shapes":
         where = ["--root", str(DRAW[data](tmp_path / data, 2, 1)), "--allow-partial", "--workers", "0"]
     probe_seg.main(["--weights", checkpoint, "--data", data, *where, "--iters", "1", *flags.split()])
-    assert labelled == [(n, crop, crop)]
+    assert labelled == [(n, 16, 16) if data == "shapes" else (n, crop, crop)]
     assert frozen == [(40 if data == "shapes" else n, crop, crop), (views, crop, crop)]         # all scenes at once
 
 
@@ -811,11 +900,6 @@ def test_log_lines_give_the_mean_since_the_last_and_the_time_left(few_scenes, ch
     lines()
     probe_seg.main([*where, "--out", "b.json"])                     # from 13 on
     assert lines() == [("20", "17.0000", "0:00:10"), ("25", "23.0000", "0:00:00")]
-
-
-def test_shapes_default_to_two_thousand_and_one_thousand():
-    train, val, _ = probe_seg.open_data(probe_seg.parse_args(["--weights", "random"]), 32)
-    assert (len(train), len(val)) == (2000, 1000)
 
 
 @pytest.mark.parametrize("data", ["voc", "shapes"])
@@ -1017,6 +1101,7 @@ def test_every_evaluation_happens_once_and_the_end_is_evaluated(few_scenes, tmp_
     _, saved = run(capsys, tmp_path, checkpoint, "shapes", "--iters", "5", "--eval-every", "2")
     assert [entry["iteration"] for entry in saved["history"]] == [2, 4, 5]
     assert probe_seg.parse_args(["--weights", "random", "--data", "voc", "--root", "."]).eval_every == 5_000
+    assert probe_seg.parse_args(["--weights", "random", "--iters", "30"]).eval_every == 30      # shapes: once
 
 
 def test_saved_pictures_show_input_label_and_prediction(tmp_path, checkpoint, capsys):
@@ -1068,7 +1153,7 @@ def test_random_takes_the_architecture_and_the_seed(few_scenes, tmp_path, checkp
     probe_seg.main(["--weights", "random", "--like", checkpoint, "--seed", "4", "--iters", "1", "--workers", "0"])
     r = result(capsys, tmp_path / "runs/random/seg.shapes.entmax15_r2.s4.json")
     assert set(r) == KEYS and r["seed"] == 4 and r["config"] == dataclasses.asdict(CONFIG)
-    assert (r["weights"], r["weights_sha256"], r["which"], r["epochs"]) == ("random", None, None, 0)
+    assert (r["weights"], r["weights_sha256"], r["which"], r["epochs"], r["run_seed"]) == ("random", None, None, 0, 4)
 
 
 def test_run_folder_stands_for_its_numbered_checkpoints(few_scenes, tmp_path, capsys):
