@@ -608,7 +608,8 @@ def noted_signals():
         yield asked
     finally:
         # An exiting Python sends its children SIGTERM, to which these are deaf, and waits: after an error, for ever.
-        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's would call them lost
+        if hasattr(signal, "SIGCHLD"):                              # Windows has none; torch's would call them lost
+            handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
             child.join()
@@ -685,6 +686,8 @@ def restore_run(run, state, path):
             network.backbone.load_state_dict(state[name])
             network.head.load_state_dict(state[name + "_head"])
         run.loss.load_state_dict({"center": state["center"]})
+        for group in state["optimizer"]["param_groups"]:            # of this device, not of the one it was saved on
+            group["fused"] = run.optimizer.defaults["fused"]
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         for p, moments in run.optimizer.state.items():              # which torch does not compare

@@ -47,6 +47,7 @@ Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models" (the map, th
 Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young losses" (entropies and the maps they give).
 """
 import importlib.util
+import os
 
 import torch
 
@@ -56,7 +57,9 @@ import torch
 # Until |sum p - 1| < 1e-7, normal scores of any scale take 3 to 6 steps up to n = 1025, rows built to be slow 7 up to
 # n = 8192. The count is fixed because a test for convergence would make the host wait for the device in every layer.
 NEWTON_STEPS = 8
-HAS_TRITON = importlib.util.find_spec("triton") is not None           # torch brings it along on Linux
+# The kernel needs entmax_triton.py beside this file, and Triton, which torch brings along on Linux. ENTMAX_FUSED=0 in
+# the environment keeps it out, for cards and containers it cannot run on.
+HAS_TRITON = os.environ.get("ENTMAX_FUSED") != "0" and all(map(importlib.util.find_spec, ("triton", "entmax_triton")))
 
 
 def entmax15_sort(x, dim=-1):
@@ -157,8 +160,9 @@ def entmax15_attention(q, k, v, fused=None):
     here (for softmax it casts them up again on CUDA, but it does not know entmax). The weights are rounded to v's dtype
     for the product with v.
 
-    fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, 16 <= D <= 128)
-    and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no second derivative.
+    fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, in float32 512,
+    16 <= D <= 128) and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no
+    second derivative.
     """
     if fused or (fused is None and q.is_cuda and HAS_TRITON):
         import entmax_triton  # not at the top: where nothing can use it, nothing needs it

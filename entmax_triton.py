@@ -26,20 +26,26 @@ TRITON_INTERPRET=1, set before anything imports triton, runs all of this on the 
 
     B images, H heads, T tokens, D width of a head, DP the next power of two; BM x BN a tile, TILES of them a row
 """
+import contextlib
+import functools
 import os
+import statistics
+import time
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-LONGEST = 2048                                                        # tokens; longer rows do not fit
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Tokens. Longer rows do not fit, and in float32 their forward pass takes minutes to compile (1,025: 28 s of CPU time).
+LONGEST = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 512}
 
 
 def supports(q, k, v):
-    """Whether the kernel computes this: q, k, v of one shape (B, H, T, D) and type, T <= 2048, 16 <= D <= 128."""
-    return (q.ndim == 4 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
-            and q.device == k.device == v.device and 0 < q.size(-2) <= LONGEST and 16 <= q.size(-1) <= 128)
+    """Whether the kernel computes this: q, k, v of one shape (B, H, T, D) and type, T <= 2048 or, of float32, 512, and
+    16 <= D <= 128."""
+    return (q.ndim == 4 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in LONGEST
+            and q.device == k.device == v.device and 0 < q.size(-2) <= LONGEST[q.dtype] and 16 <= q.size(-1) <= 128)
 
 
 # ---- tiles of arrays (B, H, T, D) with any strides but the last, which is 1
@@ -239,10 +245,21 @@ def launch(kernel, tensors, strided, size, **constants):
                          "fused=False")
     B, H, T, D = q.shape
     strides = (stride for x in strided for stride in x.stride()[:3])
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), its_way_out():
         kernel[(B * H * triton.cdiv(T, BM),)](
             *tensors, *strides, H, T, B * H * T, D**-0.5, D=D, DP=triton.next_power_of_2(D), BM=BM, BN=BN,
             TILES=triton.cdiv(T, BN), num_warps=warps, enable_fp_fusion=True, **constants)
+
+
+@contextlib.contextmanager
+def its_way_out():
+    """Triton compiles with a C compiler and Python.h, which containers lack, and for cards that it knows."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300]
+        raise OSError(f"the fused kernel cannot run here: {type(error).__name__}: {cause}; set ENTMAX_FUSED=0 in the "
+                      "environment to go on without it") from error
 
 
 @torch.library.custom_op("entmax15::attention", mutates_args=())
@@ -289,6 +306,63 @@ def attention(q, k, v, steps):
     """out (B, H, T, D), its bytes as (B, T, H, D); `steps` of Newton. Differentiable once."""
     if not supports(q, k, v):
         got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"the fused kernel takes q, k, v of one shape (B, H, 1..{LONGEST}, 16..128) and one type of "
-                         f"at most 32 bits, got {got}; use fused=False")
+        raise ValueError("the fused kernel takes q, k, v of one shape (B, H, T, 16..128) and one type, T up to 2048 in "
+                         f"16 bits and 512 in float32, got {got}; use fused=False")
     return forward(q, k, v, steps)[0]
+
+
+# ---- on a user's card, before anything rests on it
+
+ALLOWED = 2                                                           # times the eager path's distance from float64
+
+
+def check(shape, dtype, device):
+    """(whether to use the kernel, a line that says why) for q, k, v of `shape` (B, H, T, D): forward and backward on
+    random input beside the eager path, in its numbers and in its time."""
+    from entmax import entmax15_attention  # imports this file
+
+    ours, eager = (functools.partial(entmax15_attention, fused=fused) for fused in (True, False))
+    draws = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(shape, generator=draws, device=device).to(dtype) for _ in range(4)]
+    what = f"entmax kernel, {tuple(shape)} {str(dtype).removeprefix('torch.')}"
+    if not supports(*inputs[:3]):
+        return False, f"{what}: not used, it is not made for this"
+    try:
+        few = [x[:2].double() for x in inputs]                        # float64 is slow, and keeps (T, T) scores
+        exact = passes(eager, few)
+        errors = [[((x - y).norm() / y.norm()).item() for x, y in zip(passes(f, [x.to(dtype) for x in few]), exact,
+                                                                      strict=True)] for f in (ours, eager)]
+        worst = max(a / b for a, b in zip(*errors, strict=True))
+        times = [timed(f, inputs) for f in (ours, eager, F.scaled_dot_product_attention)]
+    except (OSError, RuntimeError) as error:
+        return False, f"{what}: not used, {' '.join(str(error).split())[:300]}"
+    line = (f"{what}: error {worst:.2f} x eager's, {ALLOWED} allowed; forward and backward {times[0]:.2f} ms, eager "
+            f"{times[1]:.2f}, softmax {times[2]:.2f}")
+    if not worst <= ALLOWED:                                          # nor if it is NaN
+        return False, line + ": not used, its numbers are wrong"
+    if times[0] > times[1]:
+        return False, line + ": not used, it is slower than eager"
+    return True, line
+
+
+def passes(attend, inputs):
+    """Output and the gradients of q, k and v."""
+    q, k, v, dout = inputs
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def timed(attend, inputs, repeats=10):
+    """Median milliseconds of a forward and backward pass; the first two, in which things compile, do not count."""
+    def clock():
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    spans = []
+    for _ in range(2 + repeats):
+        start = clock()
+        passes(attend, inputs)
+        spans.append(clock() - start)
+    return 1000 * statistics.median(spans[2:])

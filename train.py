@@ -16,9 +16,9 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -32,6 +32,7 @@ import data
 import dino
 import vit
 from data import counted
+from entmax import HAS_TRITON
 from shapes import FINGERPRINT, Shapes
 
 # What --data selects. "folder" is Caron et al.'s recipe for ViT-S/16 at the paper's 200 epochs (its own is unstated).
@@ -170,6 +171,7 @@ def train(args, rank, world, device, stop):
             f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
             f"{args.lr * args.batch_size / 256:.3g}, amp {args.amp}, in {out}"
             + f", going on from step {start:,}" * (start > 0))
+    check_kernel(run, world, device, log.say)
     if start == 0:
         save(run, out, 0, per_epoch)
     reads, meter = data.Reads(), Meter(log, args, per_epoch)
@@ -206,7 +208,8 @@ def diagnose(run, student, teacher, view, temp):
     of attention weights that are not zero."""
     loss = run.loss(student, teacher, temp)
     entropy = dino.entropy(run.loss.targets(teacher, temp))         # loss = entropy + KL, pair by pair
-    support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
+    with checkpoint.autocast(view.device, run.args.amp):            # the precision that trains
+        support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
     loss, entropy, kl, support = dino.all_mean(torch.stack([loss, entropy, loss - entropy, support])).tolist()
     return dict(loss=loss, entropy=entropy, kl=kl, support=support, center=run.loss.center.norm().item())
 
@@ -215,14 +218,35 @@ def diagnose(run, student, teacher, view, temp):
 def choose_kernels(args, student, teacher):
     """--no-fused and --compile"""
     if args.no_fused:
-        for block in (*student.backbone.blocks, *teacher.backbone.blocks):
-            block.attn.attend = functools.partial(block.attn.attend, fused=False)
+        leave_out_kernel(student, teacher)
     if args.compile:
         # Or stochastic depth's rate becomes an input of the graph, and torch (2.8 to 2.14) fails to cut that for
         # DistributedDataParallel. Without the cuts, no gradient would travel before the backward pass is over.
         torch._dynamo.config.specialize_float = True
         student.compile()
         teacher.compile()
+
+
+def leave_out_kernel(*networks):
+    for block in itertools.chain(*(network.backbone.blocks for network in networks)):
+        block.attn.attend = functools.partial(block.attn.attend, fused=False)
+
+
+def check_kernel(run, world, device, say):
+    """On CUDA the kernel of entmax proves itself on this run's shapes before the first step, or the run goes on without
+    it, in every process."""
+    args = run.args
+    if device.type != "cuda" or args.attn != "entmax15" or args.no_fused or not HAS_TRITON:
+        return
+    import entmax_triton  # where nothing can use it, nothing needs it
+
+    tokens = 1 + args.registers + (args.image_size // args.patch_size) ** 2
+    images = 2 * args.batch_size // (world * args.accum)            # the global crops
+    shape = images, args.config.heads, tokens, args.config.dim // args.config.heads
+    good, line = entmax_triton.check(shape, checkpoint.PRECISION[args.amp], device)
+    say(line)
+    if not all(dino.all_gather(good)):
+        leave_out_kernel(run.student, run.teacher)
 
 
 def open_data(args):
@@ -287,8 +311,7 @@ class Meter:
         record["loss"] = dino.all_mean(self.loss_sum / self.steps).item()       # so entropy + kl do not add up to it
         record["loss_per_log_k"] = record["loss"] / log_k
         seconds = time.perf_counter() - self.clock
-        peak_gib = (torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else
-                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)         # of this process
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else peak_memory() / 2**30
         record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=self.steps * args.batch_size / seconds,
                        memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps, bad_files=bad_files)
         self.log.record(record, as_line(record, args, total))
@@ -298,6 +321,15 @@ class Meter:
             self.log.say(f"warning: {warning}")
         self.warned = warning
         self.loss_sum, self.steps, self.clock = 0, 0, time.perf_counter()
+
+
+def peak_memory():
+    """Bytes that this process has held at most; 0 where the system does not say."""
+    try:
+        import resource  # not at the top: Windows has none
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def as_line(r, args, total):

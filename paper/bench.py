@@ -1,5 +1,6 @@
 """Speed and memory of the operator, of attention, of a training step and of the data path; on CUDA and on a CPU.
 
+    python -m paper.bench check             the kernel on this card, right and faster than without it? run this first
     python -m paper.bench operator          entmax-1.5 against softmax, and deep-spin's `entmax` if installed
     python -m paper.bench attention         fused and eager entmax attention against scaled_dot_product_attention
     python -m paper.bench step --data ANY   a training step of either map; flags of train.py, no picture is read
@@ -45,7 +46,7 @@ from entmax import entmax15, entmax15_attention  # noqa: E402
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("what", choices=["operator", "attention", "step", "data"])
+    p.add_argument("what", choices=["check", "operator", "attention", "step", "data"])
     p.add_argument("--repeats", type=int, default=25, help="rounds; fewer of step and data")
     p.add_argument("--compiled", action="store_true", help="also what torch.compile makes of operator and attention")
     p.add_argument("--profile", action="store_true", help="step: where the time of one step goes")
@@ -53,7 +54,7 @@ def parse_args(argv):
     args, rest = p.parse_known_args(argv)
     if args.repeats < 1:
         p.error(f"--repeats {args.repeats}: must be at least 1")
-    if rest and args.what in ("operator", "attention"):
+    if rest and args.what in ("check", "operator", "attention"):
         p.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
 
@@ -154,6 +155,27 @@ def machine(device):
     return dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU", cpu=cpu,
                 cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, pillow=PIL.__version__)
+
+
+# ------------------------------------------------------------------------------------------- check
+# T and D of ViT-S/16 with and without registers, crops of 96 px, images of 224 to 512 px, and other widths of a head
+SHAPES = [(T, 64) for T in (37, 41, 197, 201, 257, 577, 785, 1025, 2048)] + [(197, 32), (197, 128)]
+
+
+def bench_check(args, rest, device):
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("check: this machine has no CUDA card, and without one the kernel is not used")
+    import entmax_triton  # not at the top: Triton may be missing
+
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for T, D in SHAPES:
+            if T <= entmax_triton.LONGEST[dtype]:
+                good, line = entmax_triton.check((max(1, 16384 // T), 6, T, D), dtype, device)
+                print(line, flush=True)
+                rows.append(dict(case=f"{T} x {D} {dtype}", used=good, line=line))
+    print(f"used in {sum(row['used'] for row in rows)} of {len(rows)} cases; train.py asks the same before it starts")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------- operator and attention
@@ -381,14 +403,15 @@ def main(argv=None):
     checkpoint.print_any_path()
     args, rest = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts, bench = machine(device), dict(operator=bench_operator, attention=bench_attention, step=bench_step,
-                                         data=bench_data)[args.what]
+    benches = dict(check=bench_check, operator=bench_operator, attention=bench_attention, step=bench_step,
+                   data=bench_data)
+    facts, bench = machine(device), benches[args.what]
     try:
         if args.out:
             checkpoint.room_for(args.out)
         print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
         rows = bench(args, rest, device)
-        if args.what != "data":
+        if args.what not in ("check", "data"):
             print(table(rows))
         if args.out:
             content = dict(bench=args.what, command=sys.argv[1:] if argv is None else list(argv), machine=facts,

@@ -24,7 +24,9 @@ elif [[ $roots ]]; then
   echo "IMAGENET is not set: the paper's protocol pretrains on it; set it, or none of the other data roots" >&2
   exit 2
 else
-  name=shapes seeds=${SEEDS:-0 1 2 3 4} long=${LONG-0 1} jobs=${JOBS:-$(nproc)}
+  name=shapes seeds=${SEEDS:-0 1 2 3 4} long=${LONG-0 1}
+  cards=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || cards=0
+  jobs=${JOBS:-$((cards > 0 ? 1 : $(nproc)))}     # all would go to the first card
   train=(python train.py)
   export OMP_NUM_THREADS=1                        # so small a model gains 20 % from a second thread
 fi

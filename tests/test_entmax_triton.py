@@ -1,8 +1,11 @@
 """entmax_triton.py against float64 and against the lines of entmax.py it replaces; on a CPU in Triton's interpreter."""
+import collections
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -267,7 +270,7 @@ def test_who_gets_the_kernel(monkeypatch):
     calls = []
     monkeypatch.setattr(entmax_triton, "attention", lambda q, k, v, steps: calls.append(tuple(q.shape)) or v)
     small, long, wide = (torch.zeros(1, 1, T, D, device=DEVICE) for T, D in ((20, 64), (2049, 16), (20, 160)))
-    for x in (small, long, wide, small.double()):
+    for x in (small, long, long.half(), long[:, :, :513], wide, small.double()):
         entmax15_attention(x, x, x)
     entmax15_attention(small, small, small, fused=False)
     entmax15_attention(small[:, :, :5], small, small)                 # fewer queries than keys
@@ -278,7 +281,8 @@ def test_who_gets_the_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("shapes, dtype", [
-    ([(1, 1, 2049, 16)] * 3, torch.float32), ([(1, 1, 9, 8)] * 3, torch.float32), ([(1, 1, 9, 129)] * 3, torch.float32),
+    ([(1, 1, 2049, 16)] * 3, torch.float16), ([(1, 1, 513, 16)] * 3, torch.float32),
+    ([(1, 1, 9, 8)] * 3, torch.float32), ([(1, 1, 9, 129)] * 3, torch.float32),
     ([(1, 1, 5, 16), (1, 1, 9, 16), (1, 1, 9, 16)], torch.float32), ([(1, 1, 9, 16)] * 3, torch.float64),
     ([(1, 1, 0, 16)] * 3, torch.float32),
 ])
@@ -302,3 +306,62 @@ def test_cpu_without_the_interpreter_is_told_what_to_do():
     result = subprocess.run([sys.executable, "-c", code], cwd=Path(entmax.__file__).parent, env=env, text=True,
                             capture_output=True, check=True)
     assert "TRITON_INTERPRET=1" in result.stdout and "fused=False" in result.stdout
+
+
+# ---- the check on a user's card
+
+def test_check_uses_a_kernel_that_is_right_and_fast(monkeypatch):
+    times = iter([1.0, 2.0, 0.5])
+    monkeypatch.setattr(entmax_triton, "timed", lambda f, inputs: next(times))
+    good, line = entmax_triton.check((3, 2, 20, 16), torch.float16, DEVICE)
+    assert good and "(3, 2, 20, 16) float16: error" in line and "1.00 ms, eager 2.00, softmax 0.50" in line
+
+
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, (1, 1, 513, 16)), (torch.float16, (1, 1, 9, 8))])
+def test_check_says_what_the_kernel_is_not_made_for(dtype, shape):
+    assert entmax_triton.check(shape, dtype, DEVICE)[1].endswith("not used, it is not made for this")
+
+
+def broken(way):
+    """`attention` that is wrong in the output, in a gradient, NaN, or slow."""
+    def attend(q, k, v, steps):
+        if way == "slow":
+            time.sleep(0.02)
+        out = eager(q, 1.05 * k if way == "wrong output" else k, v)
+        if way == "NaN":
+            return out * torch.nan
+        return out + 0.05 * (v - v.detach()) if way == "wrong gradient" else out
+    return attend
+
+
+@pytest.mark.parametrize("way, cause", [("wrong output", "wrong"), ("wrong gradient", "wrong"), ("NaN", "wrong"),
+                                        ("slow", "slower")])
+def test_check_leaves_out_a_kernel_that_is(way, cause, monkeypatch):
+    monkeypatch.setattr(entmax_triton, "attention", broken(way))
+    good, line = entmax_triton.check((2, 2, 20, 16), torch.float16, DEVICE)
+    assert not good and ": not used, " in line and cause in line.partition(": not used, ")[2]
+
+
+def test_a_kernel_that_cannot_be_launched_names_the_way_out(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+    monkeypatch.setattr(entmax_triton, "forward_kernel", collections.defaultdict(lambda: refuse))
+    x = torch.zeros(1, 1, 20, 16, device=DEVICE)
+    with pytest.raises(OSError, match="RuntimeError: Failed to find C compiler. Please.*; set ENTMAX_FUSED=0 in"):
+        fused(x, x, x)
+    good, line = entmax_triton.check((1, 1, 20, 16), torch.float32, DEVICE)
+    assert not good and "not used, the fused kernel cannot run here: RuntimeError: Failed to find C" in line
+
+
+@pytest.mark.parametrize("alone, value, expected", [(False, None, True), (False, "1", True), (False, "0", False),
+                                                    (True, None, False)])
+def test_the_kernel_is_kept_out_by_the_environment_and_where_its_file_is_not(tmp_path, alone, value, expected):
+    """entmax.py copied into another project works there without entmax_triton.py."""
+    for name in ("entmax.py", "entmax_triton.py")[:1 if alone else 2]:
+        shutil.copy(Path(entmax.__file__).parent / name, tmp_path)
+    env = {name: x for name, x in os.environ.items() if name not in ("ENTMAX_FUSED", "PYTHONPATH")}
+    code = ("import torch, entmax; x = torch.zeros(1, 1, 20, 16)\n"
+            "print(entmax.HAS_TRITON, entmax.entmax15_attention(x, x, x).shape)")
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                          env=env | ({"ENTMAX_FUSED": value} if value else {}))
+    assert said.stdout.split()[0] == str(expected), said.stderr

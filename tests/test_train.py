@@ -1220,3 +1220,55 @@ def test_data_errors_name_the_folder(tmp_path, flags, message):
     status, text = exits([*SIZES, *"--epochs 2 --warmup-epochs 1 --local-crops 2".split(), *flags.split()])
     assert status == 1 and message in text and "\n" not in text
     assert not os.path.exists("runs")
+
+
+# ---- the kernel on a user's card
+@pytest.mark.parametrize("flags, verdict, asked, eager", [
+    ("--attn entmax15 --amp bf16 --accum 2", (True, "fine"), True, False),
+    ("--attn entmax15", (False, "wrong"), True, True),
+    ("--attn entmax15 --no-fused", (True, "fine"), False, True), ("--attn softmax", (False, "wrong"), False, False)])
+def test_the_kernel_is_checked_on_the_shapes_of_the_run(monkeypatch, flags, verdict, asked, eager):
+    """On CUDA, before the first step; what fails there is left out of student and teacher."""
+    calls, said = [], []
+    monkeypatch.setitem(sys.modules, "entmax_triton", types.SimpleNamespace(
+        check=lambda *args: calls.append(args) or verdict))
+    monkeypatch.setattr(train, "HAS_TRITON", True)
+    args = train.parse_args([*SIZES, *flags.split(), "--registers", "3"])
+    state = train.Run(args, torch.device("cpu"))
+    train.check_kernel(state, 2, torch.device("cpu"), said.append)
+    assert not calls                                                # nothing to check without a card
+    train.check_kernel(state, 2, torch.device("cuda", 0), said.append)
+    dtype, images = (torch.bfloat16, 4) if "bf16" in flags else (torch.float32, 8)      # 2 x 8 over processes, --accum
+    assert calls == [((images, 2, 1 + 3 + 16, 16), dtype, torch.device("cuda", 0))] * asked
+    assert said == [verdict[1]] * asked
+    blocks = [*state.student.backbone.blocks, *state.teacher.backbone.blocks]
+    assert [getattr(block.attn.attend, "keywords", {}) for block in blocks] == [{"fused": False} if eager else {}] * 4
+
+
+def test_memory_is_in_bytes_and_0_where_the_system_does_not_say(monkeypatch):
+    held = train.peak_memory()
+    assert 100 * 2**20 < held < 100 * 2**30                         # of this process, with torch in it
+    monkeypatch.setattr(sys, "platform", "darwin")                  # counts in bytes, Linux in KiB
+    assert held / 1024 <= train.peak_memory() < held / 512
+    monkeypatch.setitem(sys.modules, "resource", None)              # Windows
+    assert train.peak_memory() == 0
+
+
+@pytest.mark.parametrize("saved, now", [(True, False), (False, True)])
+def test_the_optimizer_is_that_of_this_device(saved, now):
+    """A run that moves between a CPU and a card takes the fused AdamW where it is, and not where it was."""
+    args = train.parse_args(SIZES)
+    states = [train.Run(args, torch.device("cpu")) for _ in range(2)]
+    for state, fused in zip(states, (saved, now), strict=True):
+        state.optimizer = torch.optim.AdamW(dino.param_groups(state.student), fused=fused)
+    for p in states[0].student.parameters():
+        p.grad = torch.ones_like(p)
+    states[0].optimizer.step()
+    whole = dict(student=states[0].student.backbone.state_dict(), teacher=states[0].teacher.backbone.state_dict(),
+                 student_head=states[0].student.head.state_dict(), teacher_head=states[0].teacher.head.state_dict(),
+                 center=states[0].loss.center, optimizer=states[0].optimizer.state_dict(),
+                 scaler=states[0].scaler.state_dict())
+    disk.restore_run(states[1], whole, "x")
+    assert all(group["fused"] is now for group in states[1].optimizer.param_groups)
+    moments = [[s["exp_avg"] for s in state.optimizer.state.values()] for state in states]
+    assert len(moments[0]) > 10 and all(map(torch.equal, *moments))
