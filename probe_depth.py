@@ -577,7 +577,8 @@ def parse_args(argv=None):
     p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="training crop in pixels")
     p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
     # run
-    p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1,600 of 38,400")
+    p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1,600 of 38,400, "
+                   "on shapes all")
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
     p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "

@@ -574,7 +574,7 @@ def parse_args(argv=None):
     p.add_argument("--seeds", type=int, default=1, help="head initialisations trained at once, from --seed on")
     # run
     p.add_argument("--eval-every", type=int, help="iterations between evaluations; default 1/8 of --iters, "
-                   "of shapes --iters")
+                   "on shapes all")
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
     p.add_argument("--save-images", type=int, default=0, metavar="N", help="of val; <out without .json>.png")
