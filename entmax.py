@@ -105,7 +105,7 @@ class Entmax15(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, dim, dtype):
+    def forward(z, dim, dtype):
         top = z.amax(dim, keepdim=True)
         half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
         tau = torch.full_like(top, -1.0)
@@ -118,10 +118,18 @@ class Entmax15(torch.autograd.Function):
             # cannot run away: u <= 1 gives s >= mass = 1 there, so a step is no larger than the rounding error of
             # mass - sqrt(mass). Nothing needs guarding, and nothing may rely on tau growing or on sum p >= 1.
             tau += (mass - mass.sqrt()) / s
-        p = torch.sub(half, tau, out=u).relu_().square_().to(dtype)
-        ctx.dim, ctx.wide = dim, z.dtype
+        return torch.sub(half, tau, out=u).relu_().square_().to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, p):
+        z, ctx.dim, _ = inputs
+        ctx.wide = z.dtype
         ctx.save_for_backward(p)                                      # alive anyway: the product with v needs it too
-        return p
+
+    @staticmethod
+    def vmap(info, in_dims, z, dim, dtype):
+        """Under torch.func: a batch more in front, which `dim` does not count."""
+        return Entmax15.apply(z.movedim(in_dims[0], 0), dim + (dim >= 0), dtype), 0
 
     @staticmethod
     def backward(ctx, dp):
@@ -150,21 +158,29 @@ def entmax15(x, dim=-1):
     """
     if not x.is_floating_point():
         raise TypeError(f"entmax15 needs floating-point scores, got {x.dtype}")
+    if x.ndim and not x.size(dim):                                    # rows of no scores have no weights
+        return x.clone()
     return Entmax15.apply(x.to(wide(x.dtype)), dim, x.dtype)
 
 
-def entmax15_attention(q, k, v, fused=None):
-    """entmax15(q k^T / sqrt(D)) v for q, k, v (B, H, T, D) -> (B, H, T, D) in v's dtype.
+def entmax15_attention(q, k, v, *, mask=None, fused=None):
+    """entmax15(q k^T / sqrt(D) + mask) v for q, k, v (B, H, T, D) -> (B, H, T, D) in v's dtype.
+
+    There may be more or fewer keys than queries, and leading dimensions broadcast: heads in groups are q (B, G, n, T,
+    D) and k, v (B, G, 1, T, D). mask: bool, True where a query sees a key, or a float that is added to the scores,
+    -inf where it does not; of any shape that broadcasts to (B, H, Tq, Tk). A query that sees no key gets zeros.
 
     Scores are at least float32 whatever q and k are. Autocast would compute them in bfloat16, so it is switched off
     here (for softmax it casts them up again on CUDA, but it does not know entmax). The weights are rounded to v's dtype
     for the product with v.
 
     fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, in float32 512,
-    16 <= D <= 128) and else the lines below, which store the (T, T) scores; True and False insist. The kernel has no
-    second derivative.
+    16 <= D <= 128, no mask) and else the lines below, which store the (T, T) scores; True and False insist. The kernel
+    has no second derivative.
     """
-    if fused or (fused is None and q.is_cuda and HAS_TRITON):
+    if fused and mask is not None:
+        raise ValueError("the fused kernel takes no mask; use fused=False, or None")
+    if fused or (fused is None and mask is None and q.is_cuda and HAS_TRITON):
         import entmax_triton  # not at the top: where nothing can use it, nothing needs it
 
         if fused or entmax_triton.supports(q, k, v):
@@ -172,4 +188,8 @@ def entmax15_attention(q, k, v, fused=None):
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):          # meta has no autocast to leave
         q, k = q.to(wide(q.dtype)), k.to(wide(k.dtype))
         z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)            # (B, H, T, T)
-        return Entmax15.apply(z, -1, v.dtype) @ v                     # (B, H, T, D)
+        if mask is None:
+            return Entmax15.apply(z, -1, v.dtype) @ v                 # (B, H, T, D)
+        z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask
+        blind = (z == -torch.inf).all(-1, keepdim=True)               # a row of -inf would give NaN
+        return Entmax15.apply(z.masked_fill(blind, 0), -1, v.dtype).masked_fill(blind, 0) @ v

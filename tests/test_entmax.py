@@ -228,7 +228,8 @@ def test_extreme_scores(dtype):
         assert (entmax15(torch.full((2, 37), value, dtype=dtype)) - 1 / 37).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("shape, dim", [((0, 5), -1), ((5, 0), 0), ((2, 0, 3), 2), ((4, 1), 1), ((1, 1), 0), ((), -1)])
+@pytest.mark.parametrize("shape, dim", [((0, 5), -1), ((5, 0), 0), ((2, 0, 3), 2), ((4, 1), 1), ((1, 1), 0), ((), -1),
+                                         ((3, 0), -1), ((0, 3), 0)])
 def test_empty_batches_and_rows_of_one(shape, dim):
     x = torch.randn(shape, requires_grad=True)
     p = entmax15(x, dim)
@@ -338,3 +339,101 @@ def test_compiles_without_graph_breaks(backend):
     out, dx = run(entmax15_attention)
     out_compiled, dx_compiled = run(torch.compile(entmax15_attention, fullgraph=True, backend=backend))
     assert torch.allclose(out_compiled, out, rtol=0, atol=2e-6) and torch.allclose(dx_compiled, dx, rtol=0, atol=1e-5)
+
+
+# ---- in other people's models: masks, other shapes, torch.func, torch.export
+
+def subset(q, k, v, seen):
+    """The attention of one query over the keys that it sees, alone."""
+    return entmax15_attention(q, k[..., seen, :], v[..., seen, :])
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_leaves_the_attention_over_what_is_seen(kind):
+    q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for T in (5, 9, 9))
+    seen = torch.rand(2, 1, 5, 9) < 0.6                               # the same for all heads
+    seen[..., 0] = True
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    out = entmax15_attention(q, k, v, mask=mask)
+    expected = torch.stack([torch.cat([subset(q[b, :, i:i + 1], k[b], v[b], seen[b, 0, i]) for i in range(5)], 1)
+                            for b in range(2)])
+    assert (out - expected).abs().max() < 1e-13
+    weight = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected)), strict=True):
+        assert (a - b).abs().max() < 1e-13
+
+
+def test_an_additive_mask_is_added_to_the_scores():
+    q, k, v = (torch.randn(1, 2, 7, 4, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(7, 7, dtype=torch.float64)
+    assert torch.equal(entmax15_attention(q, k, v, mask=bias), entmax15(q / 2 @ k.transpose(-2, -1) + bias) @ v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_sees_no_key_gets_zeros_and_gives_no_gradient(dtype):
+    q, k, v = (torch.randn(1, 2, 4, 8).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    out = entmax15_attention(q, k, v, mask=mask)
+    out.float().square().sum().backward()
+    assert out.dtype == dtype and (out[:, :, 1] == 0).all() and (out[:, :, 0] != 0).all()
+    assert (q.grad[:, :, 1] == 0).all() and all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in (q, k, v))
+
+
+def test_heads_in_groups_are_a_matter_of_shapes():
+    q, k, v = torch.randn(2, 3, 4, 5, 8), *torch.randn(2, 2, 3, 1, 6, 8)      # 3 groups of 4 heads, 5 queries, 6 keys
+    plain = entmax15_attention(q.flatten(1, 2), *(x.expand(2, 3, 4, 6, 8).flatten(1, 2) for x in (k, v)))
+    assert torch.allclose(entmax15_attention(q, k, v).flatten(1, 2), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"])
+def test_what_the_attention_of_torch_has_beyond_is_refused_by_name(name):
+    x = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(TypeError, match=name):
+        entmax15_attention(x, x, x, **{name: None})
+    with pytest.raises(ValueError, match="no mask"):
+        entmax15_attention(x, x, x, mask=torch.ones(3, 3, dtype=torch.bool), fused=True)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("batched", [0, 1, 2, -1])
+def test_vmap_over_any_dimension(dim, batched):
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    expected = torch.stack([entmax15_sort(part, dim) for part in x.unbind(batched)])
+    assert (torch.func.vmap(lambda part: entmax15(part, dim), in_dims=batched)(x) - expected).abs().max() < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")     # torch has no batched addcmul_
+def test_function_transforms_equal_those_of_the_sort():
+    """jacrev, per-sample gradients of a loss over attention, and a Hessian."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    def loss(f, row):
+        return (f(row) * torch.arange(6)).sum().square()
+    for row in x:
+        jacobian = torch.autograd.functional.jacobian(entmax15_sort, row)
+        assert (torch.func.jacrev(entmax15)(row) - jacobian).abs().max() < 1e-13
+        hessian = torch.autograd.functional.hessian(lambda row: loss(entmax15_sort, row), row)
+        assert (torch.func.jacrev(torch.func.grad(lambda row: loss(entmax15, row)))(row) - hessian).abs().max() < 1e-12
+
+    q, k, v = torch.randn(3, 4, 2, 5, 8, dtype=torch.float64)
+    per_sample = torch.func.vmap(torch.func.grad(lambda q, k, v: entmax15_attention(q, k, v).square().sum()))(q, k, v)
+    for i in range(4):
+        one = q[i].clone().requires_grad_()
+        entmax15_attention(one, k[i], v[i]).square().sum().backward()
+        assert (per_sample[i] - one.grad).abs().max() < 1e-13
+
+
+def test_shapes_alone_on_the_meta_device():
+    x = torch.empty(2, 3, 5, 8, device="meta")
+    assert entmax15(x, 1).shape == entmax15_attention(x, x, x).shape == x.shape
+
+
+def test_exports_for_inference():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return entmax15_attention(q, k, v)
+
+    inputs = tuple(torch.randn(3, 1, 2, 5, 8))
+    with torch.no_grad():
+        exported = torch.export.export(Attention(), inputs).module()
+    assert torch.equal(exported(*inputs), entmax15_attention(*inputs))
