@@ -50,12 +50,14 @@ import vit
 # Weights
 
 def load_backbone(path, which="teacher", device="cpu", heads=None):
-    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO.
+    """Frozen float32 VisionTransformer, in eval mode, of a checkpoint of train.py, DINO's own file or timm's of DINO. A
+    run folder stands for its checkpoint.pt.
 
     A bare state dict counts as the teacher, which is what DINO published. Every key must fit, or ValueError names it;
     only DINO's projection head (`head.*` beside `backbone.*`) is dropped. A classifier's `head.*` is an error: those
     weights are not DINO's. `heads` is for a file that does not say; what is assumed without it is printed.
     """
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
     content = read_checkpoint(path)
     bare = not {"teacher", "student", "config"} & content.keys()
     weights = {"teacher": content} if bare else content

@@ -256,8 +256,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         return self.features(images, blocks=[-1])[0].cls
 
-    def attention(self, images, block):
-        """(B, H, T, T) float32 attention weights of one block: row = query, rows sum to 1."""
+    def attention(self, images, block=-1):
+        """(B, H, T, T) float32 attention weights of one block, the last by default: row = query, rows sum to 1."""
         *before, block = self.blocks[:self.index(block) + 1]
         x = self.embed(images)
         for earlier in before:

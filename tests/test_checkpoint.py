@@ -59,8 +59,9 @@ def test_load_our_checkpoint(tmp_path, method):
     checkpoint, student, teacher = ours(**method)
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     state = torch.get_rng_state()
-    check_frozen(load_backbone(tmp_path / "checkpoint.pt"), teacher.state_dict(), teacher.config)
-    check_frozen(load_backbone(str(tmp_path / "checkpoint.pt"), "student"), student.state_dict(), student.config)
+    for path in (tmp_path / "checkpoint.pt", tmp_path):             # a run folder stands for the latest
+        check_frozen(load_backbone(path), teacher.state_dict(), teacher.config)
+        check_frozen(load_backbone(str(path), "student"), student.state_dict(), student.config)
     assert torch.equal(torch.get_rng_state(), state)                # loading draws nothing
     x = images(2, 3, 16, 16)
     assert torch.equal(load_backbone(tmp_path / "checkpoint.pt")(x), teacher.requires_grad_(False)(x))
