@@ -310,7 +310,8 @@ def test_patch_grid_is_the_image_grid():
 def test_attention_weights_are_those_of_the_block(method, index):
     model = shaken(**method).float()
     x = images(2, 3, 16, 16)
-    P = model.attention(x, *[index][index == -1:])                  # (B, H, T, T), of the last block by default
+    P = model.attention(x, index)                                   # (B, H, T, T)
+    assert index != -1 or torch.equal(P, model.attention(x))        # the last block by default
     T = 1 + method["registers"] + 16
     assert P.shape == (2, 3, T, T) and (P >= 0).all()
     torch.testing.assert_close(P.sum(-1), torch.ones(2, 3, T), atol=1e-5, rtol=0)
