@@ -88,22 +88,30 @@ def open_weights(path, which="teacher", like=None, seed=0, device="cpu", heads=N
     """(frozen backbone, facts about its weights that go into every result) of a file, or of path "random".
 
     "random" is the untrained control: fresh weights from `seed` in the architecture of the checkpoint `like`, or of
-    ViT-S/16 without it. `heads`: see load_backbone. The fact `run_seed` is that of the pretraining.
+    ViT-S/16 without it. `heads`: see load_backbone. Facts of the pretraining are `run_seed` and `recipe`, the arguments
+    of train.py but for its seed, the place of its data and what decides no number; None of other people's files.
     """
     if path == "random":
         config = load_backbone(like, heads=heads).config if like else vit.ViTConfig(heads=6 if heads is None else heads)
         torch.manual_seed(seed)
         model = vit.VisionTransformer(config).to(device).eval().requires_grad_(False)
-        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=seed)
+        return model, dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=seed, recipe=None)
     before = hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
     model, content = load_backbone(path, which, device, heads), read_checkpoint(path)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if digest != before:                                            # the number would be one file's, its hash another's
         raise ValueError(f"{path}: was replaced while it was read; run the same command again")
+    epochs = content["epoch"] if isinstance(content.get("epoch"), int) else None        # of another family: anything
+    args = content["args"] if is_ours(content) else None
+    recipe = args and {name: value for name, value in args.items() if name not in NOT_OF_THE_RECIPE}
+    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs,
+                       run_seed=args and args["seed"], recipe=recipe)
+
+
+def is_ours(content):
+    """Whether train.py wrote it: its arguments are plain, and say on which images it was trained."""
     args = content.get("args")
-    seed = args.get("seed") if isinstance(args, dict) else None
-    epochs, seed = (x if isinstance(x, int) else None for x in (content.get("epoch"), seed))   # of others: anything
-    return model, dict(weights=str(path), weights_sha256=digest, which=which, epochs=epochs, run_seed=seed)
+    return isinstance(args, dict) and {"fingerprint", "images"} <= args.keys() and isinstance(args.get("seed"), int)
 
 
 def list_checkpoints(weights):
@@ -643,6 +651,7 @@ def deaf_worker(_):
 
 RUN = dict(config=dict, student=dict, teacher=dict, student_head=dict, teacher_head=dict, center=torch.Tensor,
            optimizer=dict, scaler=dict, step=int, epoch=int, args=dict)
+NOT_OF_THE_RECIPE = ("seed", "data", "out", "resume", "workers", "log_every", "save_every", "save_steps")
 MAY_CHANGE = ("out", "workers", "log_every", "save_every", "save_steps")    # on resume, and the place of the data
 FACTS = ("images", "fingerprint")                                   # in args, but no flags
 

@@ -49,7 +49,7 @@ from shapes import CLASSES, FINGERPRINT, Shapes
 HIGH = 5                                                            # times the median norm of the image's patches
 DAMAGED = "its features are not finite; the weights are damaged"
 # leaked meaning
-CARDS, SCENES = 5, dict(train=600, val=300)                         # at most in a scene; to fit and to measure
+CARDS, SCENES = 5, dict(train=600, val=600)                         # at most in a scene; to fit and to measure
 WINDOW = 5                                                          # patches across, what counts as near the middle one
 RIDGE = 1e-3                                                        # times the squared weights: the penalty on the MSE
 

@@ -46,7 +46,7 @@ RECIPES = {                                                         # aspect: at
     "shapes": dict(iters=2_000, batch_size=16, lr=3e-2, evaluations=1, workers=0, save_every=1000, log_every=500,
                    classes=11, train=1_000, val=500),
 }
-CARDS, COARSE = 5, 4        # shapes: at most in a scene; training takes every 4th row and column of the labels
+CARDS, COARSE = 5, 4            # shapes: at most in a scene; labels of training are rendered at a quarter of the side
 STRIDE = 341 / 512                                                  # of a window
 WEIGHT_DECAY = 1e-4
 WARMUP = 1_500 / 40_000                                             # share of the iterations
@@ -481,7 +481,7 @@ def summarize(history, kinds, args):
 
 def describe(args, config, train, val, fingerprint, block, concat_cls):
     """Every value that decides the headline. The other heads are not among them: each trains for itself."""
-    scenes = dict(cards=CARDS, train_labels=f"every {COARSE}th row and column")
+    scenes = dict(cards=CARDS, train_labels=f"rendered at 1/{COARSE} of the side")
     return dict(
         probe="seg", data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=args.classes,
         partial=args.partial, train_list=os.path.basename(args.voc_list or "train"),

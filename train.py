@@ -240,11 +240,14 @@ def check_kernel(run, world, device, say):
         return
     import entmax_triton  # where nothing can use it, nothing needs it
 
-    tokens = 1 + args.registers + (args.image_size // args.patch_size) ** 2
-    images = 2 * args.batch_size // (world * args.accum)            # the global crops
-    shape = images, args.config.heads, tokens, args.config.dim // args.config.heads
-    good, line = entmax_triton.check(shape, checkpoint.PRECISION[args.amp], device)
-    say(line)
+    good, images = True, args.batch_size // (world * args.accum)
+    for side, crops in (args.image_size, 2), (args.local_size, args.local_crops):
+        if crops:
+            tokens = 1 + args.registers + (side // args.patch_size) ** 2
+            shape = crops * images, args.config.heads, tokens, args.config.dim // args.config.heads
+            right, line = entmax_triton.check(shape, checkpoint.PRECISION[args.amp], device)
+            good &= right
+            say(line)
     if not all(dino.all_gather(good)):
         leave_out_kernel(run.student, run.teacher)
 

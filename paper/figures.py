@@ -156,13 +156,15 @@ def read_result(path):
         raise ValueError(f"{path}: of probe {result['probe']}; give result JSONs of pib.py or probe_seg.py")
     if result["epochs"] is None:
         raise ValueError(f"{path}: its weights do not say after how many epochs; take checkpoints of train.py")
-    return dict(result, path=path, run_seed=content.get("run_seed"))
+    recipe = {name: value for name, value in (content.get("recipe") or {}).items() if name not in result["config"]}
+    return dict(result, path=path, run_seed=content.get("run_seed"), recipe=recipe)     # how it was trained
 
 
 def check_same(results, free=()):
     """ValueError unless the results differ in the epoch, the seed of the run and what is `free` alone."""
     def deciding(result):
-        nested = {f"{part} {name}": result[part][name] for part in ("protocol", "config") for name in result[part]}
+        nested = {f"{part} {name}": result[part][name] for part in ("protocol", "config", "recipe")
+                  for name in result[part]}
         blocks = {head["block"] for head in result["metrics"].get("heads", [])}
         return {name: result[name] for name in ("probe", "data", "which")} | nested | {"blocks": sorted(blocks)}
 
@@ -228,7 +230,8 @@ def heatmap(args):
     names = " - ".join(f"({name})" if others and "+" in name else name for name in names)
     title = f"{METRICS.get(metric, metric)}; {one['data']}, {names}"
     if len(seeds) > 1:
-        title += f", mean of {len(seeds)} seeds" + " (*: all of one sign)" * bool(others)
+        title += f", mean of {len(seeds)} seeds"
+        title += f" (*: all of one sign, by chance 1 in {2 ** len(seeds) // 2})" * bool(others)
     title += (", head on patches" + " and [CLS]" * (concat == "yes")) * (one["probe"] == "seg")
     if metric == "pib" and not others:
         title += f"; chance {one['metrics']['chance']:.1f} %, {counted(one['metrics']['n'], 'image')}"

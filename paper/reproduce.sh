@@ -57,13 +57,15 @@ numbered() { printf '%s\n' "$1"/checkpoint_+([0-9]).pt | sort -V; }
 
 last() { numbered "$1" | tail -n 1; }
 
-thirds() { numbered "$1" | awk '{ file[NR] = $0 } END { for (i = (NR - 1) % 3 + 1; i <= NR; i += 3) print file[i] }'; }
+thirds() {                                        # 0, 12 and 24 epochs of 0, 4, ..., 24
+  numbered "$1" | awk '{ file[NR] = $0 } END { for (i in file) if (i == 1 || (NR - i) % 3 == 0) print file[i] }' | sort -V
+}
 
 # ---- pretraining
 runs=() long_runs=()
 for seed in ${long-}; do                          # the longest first
   for method in softmax entmax15; do
-    run=runs/${name}_${method}_e120_s$seed
+    run=long/${name}_${method}_s$seed             # not below runs/, whose results belong into one table
     long_runs+=("$run")
     pool "$run.log" "${train[@]}" ${FLAGS[$method]} --seed "$seed" --out "$run" --epochs 120 --save-every 20 \
       ${TRAIN_FLAGS-}
@@ -84,7 +86,8 @@ probe() {                                         # PROBE DATA WEIGHTS FLAGS...
 }
 
 by_block() {                                      # RUN WEIGHTS...: mIoU with and without [CLS], and point-in-box
-  pool "$1/seg.log" python probe_seg.py --data shapes --weights "${@:2}" --blocks all --concat-cls both ${PROBE_FLAGS-}
+  pool "$1/seg.log" python probe_seg.py --data shapes --weights "${@:2}" --blocks all --concat-cls both \
+    --seed "${1##*_s}" ${PROBE_FLAGS-}
   pool "$1/pib.log" python pib.py --data shapes --weights "${@:2}"
 }
 
@@ -92,7 +95,7 @@ first=${seeds%% *}
 if [[ $name == shapes ]]; then
   for run in "${runs[@]}"; do
     by_block "$run" $(thirds "$run")
-    for what in linear depth; do probe $what shapes "$(last "$run")"; done
+    for what in linear depth; do probe $what shapes "$(last "$run")" --seed "${run##*_s}"; done
   done
   for method in $METHODS; do                      # the untrained control
     for what in linear depth; do probe $what shapes "runs/${name}_${method}_s$first/checkpoint_0000.pt"; done
@@ -145,36 +148,47 @@ figure pca pca --weights "${folders[-1]}/checkpoint_0000.pt" "${weights[@]}" "${
 figure attention attention --weights "${weights[@]}" "${one[@]}"
 figure curves curves --runs "${folders[@]}"
 
-map() {                                           # NAME METHOD RESULTS FLAGS...: mean over seeds; RESULTS in each run
-  local files=(runs/"$name"_"$2"_s+([0-9])/$3)
-  [[ ! -e ${files[0]} ]] || figure "$1" heatmap --results "${files[@]}" "${@:4}"
+files_of() {                                      # FOLDER METHOD RESULTS SEEDS: RESULTS in each of the runs, one a line
+  local seed
+  for seed in $4; do compgen -G "$1/${name}_$2_s$seed/$3" || true; done
 }
 
-difference() {                                    # NAME METHOD RESULTS FLAGS...: entmax15 - softmax, seed by seed
-  local files=(runs/"$name"_softmax"${2#entmax15}"_s+([0-9])/$3)
-  [[ ! -e ${files[0]} ]] || map "$1" "$2" "$3" --minus "${files[@]}" "${@:4}"
+map() {                                           # FOLDER METHOD RESULTS SEEDS NAME FLAGS...: mean over seeds
+  local files
+  mapfile -t files < <(files_of "${@:1:4}")
+  ((${#files[@]} == 0)) || figure "$5" heatmap --results "${files[@]}" "${@:6}"
 }
 
-seg='*.seg.*.json' range=(40 60)
+difference() {                                    # FOLDER RESULTS SEEDS NAME FLAGS...: entmax15 - softmax, seed by seed
+  local minus
+  mapfile -t minus < <(files_of "$1" softmax "$2" "$3")
+  ((${#minus[@]} == 0)) || map "$1" entmax15 "$2" "$3" "$4" --minus "${minus[@]}" "${@:5}"
+}
+
+pib='*.pib.*.json' seg='*.seg.*.json' range=(40 60)
 [[ $name == shapes ]] || seg='*.blocks.json' range=(0 60)
 for method in $METHODS; do                        # of one range, or their colours would not compare
-  map "pib_$method" "$method" '*.pib.*.json' --range 0 80
-  for cls in no yes; do map "miou_${method}_cls_$cls" "$method" "$seg" --concat-cls $cls --range "${range[@]}"; done
+  map runs "$method" "$pib" "$seeds" "pib_$method" --range 0 80
+  for cls in no yes; do
+    map runs "$method" "$seg" "$seeds" "miou_${method}_cls_$cls" --concat-cls $cls --range "${range[@]}"
+  done
 done
-if [[ " $METHODS " == *" softmax "* && " $METHODS " == *" entmax15 "* ]]; then
-  difference pib_difference entmax15 '*.pib.*.json'
-  for cls in no yes; do difference "miou_difference_cls_$cls" entmax15 "$seg" --concat-cls $cls; done
-fi
+both=
+[[ " $METHODS " != *" softmax "* || " $METHODS " != *" entmax15 "* ]] || both=$seeds
+difference runs "$pib" "$both" pib_difference
+for cls in no yes; do difference runs "$seg" "$both" "miou_difference_cls_$cls" --concat-cls $cls; done
 if [[ $name == shapes ]]; then
   for metric in auc_own auc_other auc_background; do
-    map "${metric}_softmax" softmax '*.pib.*.json' --metric $metric --range 50 100
-    map "${metric}_entmax15" entmax15 '*.pib.*.json' --metric $metric --range 50 100
+    map runs softmax "$pib" "$both" "${metric}_softmax" --metric $metric --range 50 100
+    difference runs "$pib" "$both" "${metric}_difference" --metric $metric
   done
-  for cls in no yes; do
-    map "long_miou_softmax_cls_$cls" softmax_e120 "$seg" --concat-cls $cls --range "${range[@]}"
-    map "long_miou_entmax15_cls_$cls" entmax15_e120 "$seg" --concat-cls $cls --range "${range[@]}"
-    difference "long_miou_difference_cls_$cls" entmax15_e120 "$seg" --concat-cls $cls
+  for method in softmax entmax15; do              # the long runs
+    for cls in no yes; do
+      map long $method "$seg" "$long" "long_miou_${method}_cls_$cls" --concat-cls $cls --range "${range[@]}"
+    done
+    map long $method "$pib" "$long" "long_auc_other_$method" --metric auc_other --range 50 100
   done
+  for cls in no yes; do difference long "$seg" "$long" "long_miou_difference_cls_$cls" --concat-cls $cls; done
 fi
 finish
 python -m paper.table1 "${runs[@]}" --out paper/results/table1.md

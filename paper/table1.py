@@ -12,8 +12,8 @@ A result's `seed` is the probe's, so a run is told by its weights: one file (sha
 a run folder are one run, of which the last epoch with a result counts. Results of one run in one column (of several
 probe seeds) enter as their mean.
 
-Refused: a result whose weights have changed since, a table of unequal models, epochs, protocols or data, and two runs
-of one method and seed. A result does not say what its weights were trained on: give folders that belong together.
+Refused: a result whose weights have changed since, a table of unequal models, trainings, protocols or data, and two
+runs of one method and seed. Other people's weights do not say how they were trained: give what belongs together.
 """
 
 import argparse
@@ -72,8 +72,9 @@ SHAPES = {                                                          # and chance
     "background AUC %": ("pib", "shapes", last_block("auc_background"), lambda r: 50),
 }
 LEGEND = ("mIoU, PiB and AUC are of the last block, the best block is each run's own, and + [CLS] puts it beside every "
-          "patch. AUC: how well a linear classifier tells from one patch the class of its own card, which other "
-          "classes are in the scene, or, of a patch of background, which classes are.")
+          "patch. RMSE is of heads that have not converged. AUC, within patches: how well ridge regression tells from "
+          "one patch the class of its own card, which classes more than two patches off are in the scene, or, of a "
+          "patch without a card near, which are. An untrained network is above 50 % too.")
 PAPER = {                                                           # Table 1, one seed: the columns of REAL
     BASELINE: (69.50, 42.80, 19.85, 36.79, 0.834, 0.674, 6.743),
     "Register-4": (70.03, 44.34, 19.52, 36.00, 0.814, 0.667, 6.749),
@@ -182,6 +183,11 @@ def architecture(result):
     return {k: v for k, v in result["config"].items() if k not in ("attn", "registers", "specialize", "drop_path")}
 
 
+def training(result):
+    """The recipe without what a row stands for, as train.py wrote it into the weights."""
+    return {k: v for k, v in result["recipe"].items() if k not in ("attn", "registers", "specialize")}
+
+
 def refuse_other_data(results, column):
     """A protocol's fingerprint is of the pictures and labels that were really read."""
     known = [r for r in results if "fingerprint" in r["protocol"]]
@@ -267,6 +273,7 @@ def make_table(title, columns, results, paper):
     refuse_unequal(results, "different models", architecture)
     refuse_unequal(trained, "different weights", lambda r: {key: r[key] for key in ("epochs", "which")})
     refuse_equal_seeds(trained)
+    refuse_unequal([r for r in trained if r.get("recipe")], "trained otherwise", training)
     for name in columns:
         refuse_other_data(taken[name], name)
         refuse_unequal(taken[name], f"{name} of different protocols", lambda r: r["protocol"])
@@ -363,7 +370,8 @@ def differences(table):
     if intervals := [pair["leaves_out_0"] for pair in pairs if pair["n"] > 1]:
         blocks[-1] += (f" Comparisons with an interval: {len(intervals)}, of which {sum(intervals)} leave out 0, where "
                        f"{len(intervals) / 20:g} would by chance if all methods were equal; columns of the same "
-                       "networks are not independent.")
+                       "networks are not independent, nor are methods that share a baseline. The intervals are over "
+                       "pretraining seeds, given these scenes.")
     if alone:
         blocks.append(f"Not compared, without a known seed in common with the {BASELINE}: {'; '.join(alone)}.")
     return blocks

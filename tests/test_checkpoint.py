@@ -209,11 +209,17 @@ def test_wrappers_are_taken_off(tmp_path, prefixes, key):
     assert facts["epochs"] is None and facts["run_seed"] is None    # that a result can hold
 
 
-@pytest.mark.parametrize(("args", "seed"), [({"seed": 7, "lr": 1.0}, 7), ({"seed": torch.ones(2)}, None), ({}, None),
+OF_TRAINING = {"seed": 7, "lr": 1.0, "attn": "softmax", "images": 9, "fingerprint": "ab"}
+
+
+@pytest.mark.parametrize(("args", "seed"), [(OF_TRAINING | {"out": "x", "data": "y", "save_every": 3}, 7), ({}, None),
+                                            (OF_TRAINING | {"seed": torch.ones(2)}, None), ({"seed": 7}, None),
                                             ("--seed 7", None)])
-def test_the_seed_of_the_pretraining_is_a_fact_of_its_weights(tmp_path, args, seed):
+def test_seed_and_recipe_of_the_pretraining_are_facts_of_its_weights(tmp_path, args, seed):
     torch.save(dict(teacher=tiny(**FOREIGN).state_dict(), args=args), tmp_path / "x.pth")
-    assert disk.open_weights(tmp_path / "x.pth", seed=3)[1]["run_seed"] == seed
+    facts = disk.open_weights(tmp_path / "x.pth", seed=3)[1]
+    recipe = {"lr": 1.0, "attn": "softmax", "images": 9, "fingerprint": "ab"}
+    assert (facts["run_seed"], facts["recipe"]) == (seed, recipe if seed else None)
 
 
 def test_what_wraps_several_networks_is_refused(tmp_path):

@@ -329,7 +329,7 @@ def broken(way):
             time.sleep(0.02)
         out = eager(q, 1.05 * k if way == "wrong output" else k, v)
         if way == "NaN":
-            return out * torch.nan
+            return out + (0 * v - 0 * v.detach()).sqrt()              # in a gradient alone: 0 times infinity
         return out + 0.05 * (v - v.detach()) if way == "wrong gradient" else out
     return attend
 

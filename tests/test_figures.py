@@ -479,8 +479,8 @@ def test_differences_are_of_equal_seeds(tmp_path, drawn):
                               for b in range(3)]
     assert 0 < stars.sum() < 6 and (blocks, epochs) == ([1, 2, 3], [0, 4])
     assert high == -low == abs(shown).max()
-    assert title == ("mIoU, %, best evaluation; shapes, entmax15 - softmax, mean of 3 seeds (*: all of one sign), "
-                     "head on patches")
+    assert title == ("mIoU, %, best evaluation; shapes, entmax15 - softmax, mean of 3 seeds (*: all of one sign, by "
+                     "chance 1 in 4), head on patches")
     draw(tmp_path / "x.png", "heatmap", "--results", *b, "--minus", *a, "--range", -3, 3)
     np.testing.assert_allclose(drawn[1][0], -shown)
     assert drawn[1][4:6] == (-3, 3) and np.array_equal(drawn[1][7], stars)
@@ -496,7 +496,7 @@ def test_differences_of_pib_name_compound_methods_and_no_chance(tmp_path, drawn)
          for seed in (0, 1)]
     draw(tmp_path / "x.png", "heatmap", "--results", *a, "--minus", *b)
     assert drawn[0][3] == ("Point-in-box, %; shapes, (entmax15 + 2 registers + specialize) - entmax15, mean of 2 seeds "
-                           "(*: all of one sign)")
+                           "(*: all of one sign, by chance 1 in 2)")
     assert not drawn[0][0].any() and not drawn[0][7].any() and drawn[0][4:6] == (-1, 1)     # 0 has no sign
 
 
@@ -504,6 +504,7 @@ def test_differences_of_pib_name_compound_methods_and_no_chance(tmp_path, drawn)
     (dict(protocol=dict(size=64)), "b.json: protocol size is 64, and 32 in a.json; a map is of one protocol"),
     (dict(config=dict(depth=4)), "b.json: config depth is 4, and 3 in a.json"),
     (dict(which="student"), "b.json: which is student, and teacher in a.json"),
+    (dict(recipe=dict(attn="softmax", lr=2.0)), "b.json: recipe lr is 2.0, and 1.0 in a.json"),
     (dict(epochs=4), "b.json: epochs [4], of a.json [0], run_seed of both [1]"),
     (dict(run_seed=2), "b.json: epochs [0], of a.json [0], run_seed of both []; a difference is of equal"),
     (dict(run_seed=None), "run_seed of both []"),
@@ -511,10 +512,10 @@ def test_differences_of_pib_name_compound_methods_and_no_chance(tmp_path, drawn)
 ])
 def test_differences_of_more_than_the_method_are_refused(tmp_path, capsys, change, message):
     change = dict(change)
-    result(tmp_path / "a.json", 0, "seg", run_seed=1)
+    result(tmp_path / "a.json", 0, "seg", run_seed=1, recipe=dict(attn="entmax15", lr=1.0))
     other = dict(attn="softmax", registers=0, specialize=False)
     result(tmp_path / "b.json", change.pop("epochs", 0), "seg", config=other | change.pop("config", {}),
-           **dict(run_seed=1) | change)
+           **dict(run_seed=1, recipe=dict(attn="softmax", lr=1.0)) | change)
     status, line = exits(capsys, "heatmap", "--results", "a.json", "--minus", "b.json")
     assert status == 1 and message in line and "\n" not in line and not (tmp_path / "heatmap.png").exists()
 

@@ -104,11 +104,11 @@ def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
     assert code == 0, said
     assert {name: names(calls).count(name) for name in PARSERS} == {
         "train.py": 20 + 4, "probe_linear.py": 20 + 4 + 4, "probe_depth.py": 20 + 4, "probe_seg.py": 20 + 4,
-        "pib.py": 20 + 4, "paper.figures": 3 + 4 * 3 + 3 + 3 * 2 + 2 * 3, "paper.table1": 1}
+        "pib.py": 20 + 4, "paper.figures": 3 + 4 * 3 + 3 + 3 * 2 + 2 * 3 + 2, "paper.table1": 1}
     parsed = parse(calls, tmp_path, monkeypatch)
     trained = {args.out: args for script, args in parsed if script == "train.py"}
     short = {f"runs/shapes_{method}_s{seed}": (*METHODS[method], seed, 24) for seed in range(5) for method in METHODS}
-    long = {f"runs/shapes_{method}_e120_s{seed}": (*METHODS[method], seed, 120) for seed in range(2)
+    long = {f"long/shapes_{method}_s{seed}": (*METHODS[method], seed, 120) for seed in range(2)
             for method in ("softmax", "entmax15")}
     assert {out: (a.attn, a.registers, a.specialize, a.seed, a.epochs) for out, a in trained.items()} == short | long
     for out in short:                                               # the folders are those without --out
@@ -122,9 +122,12 @@ def test_the_embedded_data_set(reproduce, tmp_path, monkeypatch):
             [f"{out}/checkpoint_{epoch:04d}.pt" for epoch in range(0, 25, 4 if out in long else 12)]
             for out in [*short, *long])
     assert sum(name == "probe_linear.py" and args.knn and len(args.weights) == 7 for name, args in parsed) == len(long)
+    for name, a in parsed:                                          # the heads of a run are drawn from its seed
+        if name in ("probe_linear.py", "probe_seg.py", "probe_depth.py") and not getattr(a, "knn", False):
+            assert f"_s{a.seed}/" in a.weights[0]
     assert all(a.blocks is None and a.concat_cls == "both" for name, a in parsed if name == "probe_seg.py")
     differences = [a for name, a in parsed if name == "paper.figures" and getattr(a, "minus", None)]
-    assert len(differences) == 3 + 2
+    assert len(differences) == 3 + 3 + 2
     for a in differences:
         assert sorted(a.minus) == sorted(name.replace("entmax15", "softmax") for name in a.results)
     table = parsed[-1][1]
@@ -137,7 +140,7 @@ def train_flags(args):
 
 def test_the_long_runs_may_be_left_out(reproduce):
     code, calls, said = reproduce(JOBS="2", LONG="", SEEDS="3", METHODS="softmax entmax15")
-    assert code == 0 and names(calls).count("train.py") == 2 and "e120" not in str(calls), said
+    assert code == 0 and names(calls).count("train.py") == 2 and "long" not in str(calls), said
 
 
 def test_what_is_finished_the_probes_decide(reproduce):

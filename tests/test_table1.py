@@ -20,7 +20,7 @@ def away(tmp_path, monkeypatch):
 
 
 def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None, protocol=(), content=None, seed=0,
-        which="teacher", metrics=(), run_seed=None, **config):
+        which="teacher", metrics=(), run_seed=None, recipe=None, **config):
     """A weights file with `content` (default: its own path) and a probe's result on it; returns the result's path."""
     sha = None
     if weights != "random":
@@ -35,7 +35,7 @@ def put(weights, probe, value, data="shapes", epochs=24, partial=False, out=None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(
         probe=probe, data=data, weights=str(weights), weights_sha256=sha, which=which, epochs=epochs, seed=seed,
-        run_seed=run_seed, config=CONFIG | config, metrics=metrics,
+        run_seed=run_seed, recipe=recipe, config=CONFIG | config, metrics=metrics,
         protocol=dict(probe=probe, data=data, classes=10, val=1000, partial=partial) | dict(protocol))))
     return out
 
@@ -449,3 +449,15 @@ def test_out_holds_what_is_printed(capsys, form):
     printed = run(capsys, "runs", "--out", "results/table1.md", *form)
     assert Path("results/table1.md").read_text() == printed and "k-NN" in printed
     assert [path.name for path in Path("results").iterdir()] == ["table1.md"]
+
+
+def test_runs_that_were_trained_otherwise_are_refused(capsys):
+    """Seeds and methods may differ, other people's weights say nothing, and nothing was trained of untrained ones."""
+    one = dict(attn="softmax", registers=0, lr=1.0)
+    put("runs/a/checkpoint_0024.pt", "knn", 80, run_seed=0, recipe=one)
+    put("runs/b/checkpoint_0024.pt", "knn", 81, run_seed=0, recipe=one | dict(attn="entmax15"), attn="entmax15")
+    put("runs/c/checkpoint_0024.pt", "knn", 82, run_seed=1)
+    put("runs/d/checkpoint_0000.pt", "knn", 40, run_seed=2, epochs=0, recipe=one | dict(lr=2.0))
+    assert row(tables(capsys, "runs")[1], "CLS baseline")["n"] == 2
+    put("runs/e/checkpoint_0024.pt", "knn", 83, run_seed=3, recipe=one | dict(lr=2.0))
+    assert "trained otherwise: lr 1.0 and 2.0" in refused("runs")

@@ -1238,9 +1238,10 @@ def test_the_kernel_is_checked_on_the_shapes_of_the_run(monkeypatch, flags, verd
     train.check_kernel(state, 2, torch.device("cpu"), said.append)
     assert not calls                                                # nothing to check without a card
     train.check_kernel(state, 2, torch.device("cuda", 0), said.append)
-    dtype, images = (torch.bfloat16, 4) if "bf16" in flags else (torch.float32, 8)      # 2 x 8 over processes, --accum
-    assert calls == [((images, 2, 1 + 3 + 16, 16), dtype, torch.device("cuda", 0))] * asked
-    assert said == [verdict[1]] * asked
+    dtype, images = (torch.bfloat16, 2) if "bf16" in flags else (torch.float32, 4)      # 8 over processes and --accum
+    shapes = [(2 * images, 2, 1 + 3 + 16, 16), (2 * images, 2, 1 + 3 + 4, 16)]          # of global and of local crops
+    assert calls == [(shape, dtype, torch.device("cuda", 0)) for shape in shapes] * asked
+    assert said == [verdict[1]] * 2 * asked
     blocks = [*state.student.backbone.blocks, *state.teacher.backbone.blocks]
     assert [getattr(block.attn.attend, "keywords", {}) for block in blocks] == [{"fused": False} if eager else {}] * 4
 
