@@ -17,7 +17,7 @@ from pib import overlap, point_in_box, through_eval_transform
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=3, heads=2, attn="entmax15", registers=2,
                        specialize=True)
-KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "config", "epochs", "seed",
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "recipe", "config", "epochs", "seed",
         "metrics", "protocol"}
 
 

@@ -21,7 +21,7 @@ import vit
 
 CONFIG = vit.ViTConfig(image_size=16, patch_size=8, dim=16, depth=4, heads=2, registers=1)      # scenes of 32 pixels
 COARSE = vit.ViTConfig(image_size=64, patch_size=32, dim=16, depth=5, heads=2)      # 480 x 640 in 300 tokens
-KEYS = "probe data root weights weights_sha256 which epochs run_seed config seed metrics protocol".split()
+KEYS = "probe data root weights weights_sha256 which epochs run_seed recipe config seed metrics protocol".split()
 PROTOCOL = ("probe data train_on train val size fingerprint partial blocks precision feature iters batch_size crop "
             "seeds bins max_depth lr optimizer schedule loss loss_warmup eval_every augmentation mirrored cap window "
             "padding reported").split()

@@ -22,7 +22,7 @@ import vit
 from probe_linear import knn
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "config", "epochs", "seed",
+KEYS = {"probe", "data", "root", "weights", "weights_sha256", "which", "run_seed", "recipe", "config", "epochs", "seed",
         "metrics", "protocol"}
 
 
@@ -33,7 +33,7 @@ def away(tmp_path, monkeypatch):
 
 def save(path, seed=7, epoch=3):
     """A checkpoint with the keys that a probe reads; teacher and student differ."""
-    networks, args = {}, dict(seed=seed)
+    networks, args = {}, dict(seed=seed, images=9, fingerprint="ab")
     for which in ("teacher", "student"):
         torch.manual_seed(seed)
         networks[which] = vit.VisionTransformer(CONFIG).state_dict()
@@ -244,7 +244,8 @@ def test_random_takes_the_architecture_and_is_a_function_of_the_seed(few_scenes,
         (models[seed], facts), (again, _) = (
             disk.open_weights("random", like=checkpoint, seed=int(seed)) for _ in range(2))
         assert models[seed].config == CONFIG and not models[seed].training
-        assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=int(seed))
+        assert facts == dict(weights="random", weights_sha256=None, which=None, epochs=0, run_seed=int(seed),
+                             recipe=None)
         assert all(torch.equal(a, b) for a, b in zip(models[seed].parameters(), again.parameters(), strict=True))
     assert not torch.equal(models["0"].pos_embed, models["1"].pos_embed)
     assert not torch.equal(models["1"].pos_embed, disk.load_backbone(checkpoint).pos_embed)

@@ -26,7 +26,7 @@ import vit
 from probe_seg import IGNORE, Head, fit, learning_rate, predict, windows
 
 CONFIG = vit.ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=2, attn="entmax15", registers=2)
-KEYS = set("probe data root weights weights_sha256 which config epochs run_seed seed metrics protocol".split())
+KEYS = set("probe data root weights weights_sha256 which config epochs run_seed recipe seed metrics protocol".split())
 CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
               27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
@@ -744,7 +744,7 @@ PROTOCOL = {                                                        # section 6 
     "cityscapes": dict(PAPER, short_side=1024, long_side=2048, classes=19, train=2_975, val=500),
     "shapes": dict(PAPER, short_side=None, long_side=None, stride=None, crop=64, classes=11, train=1_000, val=500,
                    iters=2_000, lr=3e-2, eval_every=2_000, warmup=75, fingerprint=shapes.FINGERPRINT,
-                   augmentation="none", cards=5, train_labels="every 4th row and column"),
+                   augmentation="none", cards=5, train_labels="rendered at 1/4 of the side"),
 }
 
 
