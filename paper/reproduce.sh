@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The exact commands behind every table and figure, from nothing to paper/results/.
 #
-#     paper/reproduce.sh                                        the embedded data set: about 45 minutes on two CPU cores
+#     paper/reproduce.sh                                        the embedded data set: over 3 hours on two CPU cores
 #     IMAGENET=DIR VOC=DIR NYU=DIR GPUS=8 paper/reproduce.sh    the paper's protocol, with the probes whose data are given
 #
 # Stop it and start it again: a training goes on from its last save, a probe from its heads, and what is finished takes
@@ -10,7 +10,7 @@
 # The paper's protocol takes these folders, each as --root of its probe: IMAGENET (train/ and val/), BOXES (XMLs of val),
 # VOC, ADE20K, CITYSCAPES, NYU, SUNRGBD (with NYU), KITTI. Also read: SEEDS, METHODS, JOBS, GPUS, and TRAIN_FLAGS and
 # PROBE_FLAGS, which are added to every training and to every probe that trains heads. On the embedded data set, LONG:
-# seeds of the trainings of softmax and entmax for five times the epochs; LONG= leaves them out, half of the time.
+# seeds of the trainings of softmax and entmax for five times the epochs; LONG= leaves them out, 80 minutes.
 set -euo pipefail
 shopt -s extglob                                  # +([0-9]) is a number
 cd "$(dirname "$0")/.."
