@@ -3,7 +3,7 @@
     python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                expect 89 %; --knn: k-NN alone
     python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt  the untrained control
     python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
-    python probe_linear.py --weights RUN --knn --data folder --root PICTURES        PICTURES/<class>/*.jpg, split by hash
+    python probe_linear.py --weights RUN --knn --data folder --root PICTURES       PICTURES/<class>/*.jpg, split by hash
 
 Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CLS] of the last block after the final
 norm, 12,500 iterations of 1,024 random-resized crops, SGD, 13 learning rates side by side, best final top-1.
