@@ -2,6 +2,8 @@
 
     model = load_backbone("runs/imagenet_entmax15_s0/checkpoint.pt")    or an official DINO file
 
+    python -m checkpoint RUN --export FILE      a bare state dict under DINO's names, for timm and other people's code
+
 To use weights of your own or other people's, this call is all you need; the rest serves this project's scripts:
 
     weights     `read_checkpoint` runs no code that a file brings; `open_weights` is the probes' way in
@@ -199,10 +201,16 @@ FOREIGN = [(r"decoder_blocks", "MAE with its decoder", ALONE), (r"masked_embed",
            (r"base_encoder", "MoCo v3 with two encoders", f"{ALONE}; its ViT-S has 12 heads"),
            (r"\.ls1\.", "DINOv2's or another ViT with LayerScale", ELSE), (r"storage_tokens", "DINOv3's ViT", ELSE),
            (r"relative_position_bias_table", "BEiT or Swin", ELSE), (r"\bvisual\.", "CLIP", ELSE),
-           (r"vision_model", "CLIP or SigLIP", ELSE), (r"\.query\.", "Hugging Face's ViT, with names of its own", ELSE),
+           (r"vision_model", "CLIP or SigLIP", ELSE),
+           (r"\.query\.|patch_embeddings\.", "Hugging Face's ViT, with names of its own", "take the same weights "
+            "from timm or DINO's own page, or give its keys DINO's names"),
            (r"encoder_layer_0", "torchvision's ViT", ELSE), (r"\blayer1\.0\.", "a ResNet", ELSE),
-           (r"reg_token", "timm's ViT with registers", ELSE), (r"mask_token", "a masked-image model", ALONE),
-           (r"^head\.", "a classifier, trained with labels", f"give self-supervised weights, or {ALONE}")]
+           (r"\bstages\.", "a network of stages, as ConvNeXt", ELSE), (r"dist_token", "distilled DeiT", ELSE),
+           (r"reg_token", "timm's ViT with registers", ELSE), (r"norm_pre", "CLIP's ViT in timm", ELSE),
+           (r"fc_norm|attn_pool", "timm's ViT that pools its patches, not one that reads [CLS]", ELSE),
+           (r"\.q_norm\.", "a ViT that normalises queries and keys", ELSE),
+           (r"mask_token", "a masked-image model", ALONE)]
+CLASSIFIER = f"; it looks like a classifier, trained with labels: give self-supervised weights, or {ALONE}"
 
 
 def advice(keys):
@@ -211,20 +219,21 @@ def advice(keys):
         if any(re.search(pattern, key) for key in keys):
             return f"; it looks like {what}: {way_out}"
     prefixes = [key.removesuffix("cls_token") for key in keys if key.endswith(".cls_token")]
-    return f"; save what is below {' or '.join(prefixes)} alone, without that prefix" if prefixes else ""
+    if prefixes:
+        return f"; save what is below {' or '.join(prefixes)} alone, without that prefix"
+    return CLASSIFIER if any(key.startswith("head.") for key in keys) else ""
 
 
 def unwrap(content):
-    """State dict in {'state_dict': ...}, {'model': ...} and the like, without the prefixes that DDP, torch.compile and
-    frameworks put before every key; DINO's projection head, `head.*` beside `backbone.*`, is dropped."""
+    """State dict in {'state_dict': ...}, {'model': ...} and the like, at any depth, without the prefixes that DDP,
+    torch.compile and frameworks put before every key; DINO's head, `head.*` beside `backbone.*`, is dropped."""
     if not isinstance(content, dict):
         raise ValueError(f"the weights are a {type(content).__name__}, not a dict of tensors")
-    inside = [key for key, value in content.items()
-              if isinstance(value, dict) and any(str(name).endswith("cls_token") for name in value)]
-    if len(inside) > 1:
-        raise ValueError(f"it holds several networks, {listed(inside)}; save the one to be measured alone")
-    state = {str(key): value for key, value in (content[inside[0]] if inside else content).items()}
-    prefix = None
+    while inside := [key for key, value in content.items() if holds_network(value)]:
+        if len(inside) > 1:
+            raise ValueError(f"it holds several networks, {listed(inside)}; save the one to be measured alone")
+        content = content[inside[0]]
+    state, prefix = {str(key): value for key, value in content.items()}, None
     while prefix != "":
         if any(key.startswith("backbone.") for key in state):
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -232,6 +241,11 @@ def unwrap(content):
                        if state and all(key.startswith(prefix) for key in state)), "")
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def holds_network(value):
+    return isinstance(value, dict) and any(str(name).endswith("cls_token") or holds_network(part)
+                                           for name, part in value.items())
 
 
 def refuse_odd_arrays(state):
@@ -275,7 +289,8 @@ def infer_config(state, heads=None):
     patches = state["pos_embed"].numel() // dim - 1
     grid = math.isqrt(patches)
     if grid * grid != patches:
-        raise ValueError(f"the {patches} position embeddings of patches must form a square")
+        raise ValueError(f"the {patches} position embeddings of patches must form a square, beside one of [CLS]"
+                         + advice(state))
     if heads is None and dim not in (192, 384, 768, 1024):          # tiny, small, base; large has 16 in every family
         raise ValueError(f"width {dim} is none of DINO's and does not tell the number of heads; give it: --heads N, in "
                          "Python heads=N")
@@ -522,6 +537,18 @@ def refuse_trained_on(source, train, val, copies=True):
     if shared:
         raise ValueError(f"{source}: {len(shared):,} of {len(looked):,} val pictures are train pictures, the first is "
                          f"{shared[0]}; take them out of train or val")
+
+
+def read_lines(path):
+    """Of a list of files as editors save it: UTF-8, with a byte-order mark or without, or PowerShell's UTF-16."""
+    with open(path, "rb") as file:
+        utf_16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return Path(path).read_text("utf-16" if utf_16 else "utf-8-sig", "surrogateescape").split("\n")
+
+
+def spread(n, count):
+    """`count` of n places, or all of fewer, evenly from the first to the last."""
+    return np.linspace(0, n - 1, min(n, count)).round().astype(int).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -812,3 +839,44 @@ def provenance(args, device, world):
                      "torchvision": torchvision.__version__, "pillow": PIL.__version__},
         "commit": commit, "dirty": dirty, "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: weights for other people's code
+
+def export(path, which, heads, out):
+    """Write the backbone of what load_backbone takes as a bare state dict under DINO's names, and say who reads it."""
+    refused = ("is there already; give another --export" if Path(out).exists() else
+               "torch.save writes no safetensors; call it .pth" if str(out).endswith(".safetensors") else
+               "" if Path(out).absolute().parent.is_dir() else "no such folder; make it, or give another --export")
+    if refused:
+        raise ValueError(f"{out}: {refused}")
+    model = load_backbone(path, which, heads=heads)
+    state, c = model.state_dict(), model.config
+    write_checkpoint(out, state)
+    print(f"{printable(out)}: {len(state)} tensors of {printable(path)}, {which}, under DINO's names")
+    own = [f"{c.attn} attention, of which the file says nothing (readers, load_backbone too, take softmax, and get "
+           "other features without an error)"] * (c.attn != "softmax")
+    own += [f"{c.registers} register_tokens between [CLS] and the patches"] * (c.registers > 0)
+    own += ["weights of its own for [CLS], *_cls.*"] * c.specialize
+    loaded = f".load_state_dict(torch.load({str(out)!r}))"
+    print(f"no plain ViT, so not for timm: {'; '.join(own)}. Here: vit.VisionTransformer(vit.{c}){loaded}" if own else
+          f"timm: timm.models.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.dim}, "
+          f"depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes=0){loaded}")
+
+
+def main(argv=None):
+    print_any_path()
+    p = argparse.ArgumentParser(prog="python -m checkpoint", allow_abbrev=False,
+                                description="Write a backbone as a bare state dict under DINO's names, for timm.")
+    p.add_argument("weights", metavar="RUN", help="run folder of train.py, or any file of weights that the probes take")
+    p.add_argument("--export", required=True, metavar="FILE", help="to write, as .pth; nothing is overwritten")
+    p.add_argument("--which", choices=["teacher", "student"], default="teacher", help="default teacher, as DINO's")
+    p.add_argument("--heads", type=int, help="attention heads, of a file that does not say")
+    args = p.parse_args(argv)
+    with one_line(args.weights):
+        export(args.weights, args.which, args.heads, args.export)
+
+
+if __name__ == "__main__":
+    main()

@@ -119,13 +119,14 @@ def errors(p, t):
 
 @torch.no_grad()
 def measure(heads, batches, constant, args):
-    """({metric: mean over images, of each head}, depth maps (H, W) that the first head predicts for the first images).
+    """({metric: mean over images, of each head}, depth maps (H, W) that the first head predicts for those to draw).
     `batches`: val_batches. An image without a pixel to score is left out."""
-    table, maps, skipped, cap = [], [], 0, CAP.get(args.data, math.inf)
+    table, maps, seen, skipped, cap = [], [], 0, 0, CAP.get(args.data, math.inf)
     for cls, patches, target in batches:
         target = target.clamp(max=cap)
         predictions = [predict(head, cls, patches, target.shape[1:], args.data != "shapes") for head in heads]
-        maps += predictions[0][:args.save_images - len(maps)].cpu()
+        maps += [depth.cpu() for i, depth in enumerate(predictions[0], seen) if i in args.drawn]
+        seen += len(target)
         predictions.append(torch.full_like(target, constant))       # as if a head
         for i, valid in enumerate(scored(target, args.data)):
             if valid.any():
@@ -180,8 +181,8 @@ def train_step(heads, optimizer, cls, patches, depth, t, args):
 
 
 def train_heads(model, train, val, args, device, file, stamp):
-    """(history of the evaluations, depth maps predicted in the last one for the first --save-images images) of --iters
-    iterations, going on from `file` if it is there. `stamp`: all that they depend on."""
+    """(history of the evaluations, depth maps predicted in the last one for the images to draw) of --iters iterations,
+    going on from `file` if it is there. `stamp`: all that they depend on."""
     seeds = range(args.seed, args.seed + args.seeds)
     heads = nn.ModuleList(Head(model.config.dim, MAX_DEPTH[args.data], seed) for seed in seeds).to(device)
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.999), weight_decay=0.01)
@@ -262,6 +263,10 @@ def val_batches(model, val, args, device, chunk=16):
 # ------------------------------------------------------------------------------------------- data
 # How users have the data sets on disk. train, val: list of the split, number of its images; places: where its pictures
 # and depth maps may be: BTS keeps NYU's splits apart, and KITTI's archive of depth maps unpacks into train/ and val/.
+# The names of the lists are those of Monocular-Depth-Estimation-Toolbox; BTS has the same lines under names of its own.
+BTS_LISTS = {"nyu_train.txt": "nyudepthv2_train_files_with_gt.txt", "nyu_test.txt": "nyudepthv2_test_files_with_gt.txt",
+             "kitti_eigen_train.txt": "eigen_train_files_with_gt.txt",
+             "kitti_eigen_test.txt": "eigen_test_files_with_gt.txt"}
 LAYOUTS = {
     "nyu": dict(
         tree="nyu_train.txt, nyu_test.txt and the <scene>/rgb_*.jpg, <scene>/sync_depth_*.png that they list",
@@ -270,7 +275,7 @@ LAYOUTS = {
         tree="kitti_eigen_train.txt, kitti_eigen_test.txt, input/<date>/<drive>_sync/image_02/data/*.png and "
              "gt_depth/<drive>_sync/proj_depth/groundtruth/image_02/*.png",
         train=("kitti_eigen_train.txt", 23_158), val=("kitti_eigen_test.txt", 652),
-        places=[["input"], [folder + split for split in ("", "/train", "/val") for folder in
+        places=[["input", ""], [folder + split for split in ("", "/train", "/val") for folder in
                             ("gt_depth", "gt_depth/data_depth_annotated", "data_depth_annotated", ".")]]),
     "sunrgbd": dict(                                                # its list is of val; train: every other frame
         tree="SUNRGBD_val_splits.txt and SUNRGBD/.../<id>/{image/*.jpg,depth/*.png}",
@@ -399,6 +404,8 @@ def open_split(source, split, root, args):
     """Pictures of a split, once their number has been compared with what the data set holds."""
     name, expected = LAYOUTS[source][split]
     file = Path(root, name)
+    if not file.is_file() and Path(root, BTS_LISTS.get(name, "")).is_file():
+        file = Path(root, BTS_LISTS[name])
     if not file.is_file():
         found = sorted(os.listdir(root))[:8] if os.path.isdir(root) else "no such folder"
         raise FileNotFoundError(f"{file}: no such file; {root} must hold {LAYOUTS[source]['tree']}, and holds {found}")
@@ -418,14 +425,15 @@ def open_split(source, split, root, args):
 def read_list(file, root, places):
     """[(picture, depth map)] of lines 'picture depth-map-or-None [focal length]'. `places`: folders below `root` for
     pictures, and for depth maps; the first that has the file counts."""
-    pairs, lines = [], Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")     # editors write a BOM
-    for number, names in enumerate(map(str.split, lines.split("\n")), 1):
+    pairs = []
+    for number, names in enumerate(map(str.split, checkpoint.read_lines(file)), 1):
         if len(names) == 1:
             raise ValueError(f"{file}, line {number}: {names[0]!r} names no picture and depth map")
         if not names or names[1] == "None":
             continue
         paths = [[Path(root, folder, name.lstrip("/")) for folder in folders]
                  for name, folders in zip(names, places, strict=False)]
+        paths[0] += [path.with_suffix(".jpg") for path in paths[0]]     # as KITTI's 175 GB of .png are often kept
         found = [next(filter(Path.is_file, some), None) for some in paths]
         if None in found:
             raise FileNotFoundError(f"{file}, line {number}: {paths[found.index(None)][0]}: no such file; complete it")
@@ -483,12 +491,11 @@ def best_metrics(history):
                 **{name: last[name] for name in ("rmse_constant", "constant", "skipped")})
 
 
-def draw_images(file, val, maps, max_depth, width=400, gap=4):
+def draw_images(file, items, maps, max_depth, width=400, gap=4):
     """A row for each image: input, label up to `max_depth`, prediction; both depths on the label's scale. A pixel of
     the label shows the farthest of those below it, or the few that KITTI's laser measured would hardly be seen."""
     rows = []
-    for i, prediction in enumerate(maps):
-        item = val[i]
+    for item, prediction in zip(items, maps, strict=True):
         label = item["depth"].where(item["depth"] <= max_depth, 0)
         size = width, round(width * label.shape[0] / label.shape[1])
         farthest = F.adaptive_max_pool2d(label[None], size[::-1])[0]
@@ -537,7 +544,7 @@ def evaluate(path, args, device, data):
                   protocol=describe(args, model.config, train, val, size, fingerprint))
     default = checkpoint.result_path(path, "depth", args.data, model.config, args.seed)
     out, finished = checkpoint.claim(args.out, default, result)
-    heads_file = checkpoint.beside(out, ".head.pt")
+    args.drawn, heads_file = checkpoint.spread(len(val), args.save_images), checkpoint.beside(out, ".head.pt")
     if finished:
         if args.save_images:
             print(f"{out}: finished earlier, so nothing is drawn; remove it and {heads_file.name} to have pictures")
@@ -552,7 +559,7 @@ def evaluate(path, args, device, data):
           + f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
           + f"; {count(metrics['skipped'], 'image')} without a pixel to score left out" * (metrics["skipped"] > 0))
     if maps:
-        draw_images(checkpoint.beside(out, ".png"), val, maps, MAX_DEPTH[args.data])
+        draw_images(checkpoint.beside(out, ".png"), Subset(val, args.drawn), maps, MAX_DEPTH[args.data])
     checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
@@ -581,9 +588,9 @@ def parse_args(argv=None):
                    "on shapes all")
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
-    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw the first N val images with label and "
-                   "prediction of the last evaluation, into <out without .json>.png")
-    p.set_defaults(**recipe, partial=False)                        # of the data, as found
+    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw N val images, spread over the list, "
+                   "with label and prediction of the last evaluation, into <out without .json>.png")
+    p.set_defaults(**recipe, partial=False, drawn=())              # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)
     return args

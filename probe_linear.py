@@ -3,6 +3,7 @@
     python probe_linear.py --weights runs/shapes_entmax15_s0/checkpoint.pt                expect 89 %; --knn: k-NN alone
     python probe_linear.py --weights random --like runs/shapes_entmax15_s0/checkpoint.pt  the untrained control
     python probe_linear.py --weights dino_deitsmall16_pretrain.pth --data imagenet --root ILSVRC2012
+    python probe_linear.py --weights RUN --knn --data folder --root PICTURES       PICTURES/<class>/*.jpg, split by hash
 
 Linear: the protocol of DINOv2 (Oquab et al. 2024), which the paper follows: [CLS] of the last block after the final
 norm, 12,500 iterations of 1,024 random-resized crops, SGD, 13 learning rates side by side, best final top-1.
@@ -16,9 +17,12 @@ x.knn.json. A probe that was asked to end saves, and the same command goes on fr
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
+import hashlib
+import itertools
 import math
 import os
 import sys
@@ -170,8 +174,9 @@ def batches(model, train, args, device, start):
 
 
 # ------------------------------------------------------------------------------------------- data
-TREE = "train/<class>/*.jpg and val/<class>/*.jpg"
+TREE = "train/<class>/*.jpg and val/<class>/*.jpg, or with --data folder <class>/*.jpg alone"
 IMAGENET = {"train": 1_281_167, "val": 50_000}                      # pictures
+OTHER_SPLITS = {"training", "valid", "validation", "test", "testing"}           # which are no classes
 ORDER, CROP = range(2)                                              # streams of random numbers
 
 
@@ -180,12 +185,16 @@ def visible(names):
     return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
 
 
+def class_names(folder):
+    return visible(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
 class ClassFolders:
     """Pictures below folder/<class>, at any depth. Item: dict(image uint8 (3, size, size), label), as of Shapes."""
 
     def __init__(self, folder, size):
         self.transform, self.samples, real = vit.eval_transform(size), [], {}
-        self.classes = visible(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        self.classes = class_names(folder)
         if not self.classes:
             found = visible(os.listdir(folder.parent))[:8] if folder.parent.is_dir() else "no such folder"
             sys.exit(f"{folder}: no class folders; {folder.parent} must hold {TREE}, and holds {found}")
@@ -205,6 +214,35 @@ class ClassFolders:
     def __getitem__(self, i):
         path, label = self.samples[i]
         return dict(image=self.transform(vit.read_image(path)), label=label)
+
+
+def hold_out(root, size, args):
+    """(train, val) of a folder of classes without a split: val is the share of each class whose names have the lowest
+    hashes, so neither order nor seed has a say. A class of two pictures or more is on both sides."""
+    args.val_share = args.val_share or 0.2
+    train, lonely = ClassFolders(root, size), []
+    val, samples = copy.copy(train), train.samples
+    odd = [name for name in train.classes if name.lower() in OTHER_SPLITS]
+    if odd:
+        sys.exit(f"{root}: {', '.join(odd)} is no class but a split; {root} must hold {TREE}")
+    train.samples, val.samples = [], []
+    for label, files in itertools.groupby(samples, key=lambda sample: sample[1]):
+        files = sorted(files, key=lambda sample: hash_name(os.path.relpath(sample[0], root)))
+        held = min(max(round(args.val_share * len(files)), 1), len(files) - 1)
+        lonely += [train.classes[label]] * (held == 0)
+        val.samples += sorted(files[:held])
+        train.samples += sorted(files[held:])
+    args.partial |= bool(lonely)
+    if lonely and not (args.allow_partial and val.samples):
+        sys.exit(f"{root}: one picture each of {', '.join(lonely[:5])}{', ...' * (len(lonely) > 5)}, not enough for "
+                 "train and val; add more, remove the class, or give --allow-partial")
+    print(f"folder: no train/ and val/ in {checkpoint.printable(root)}; val is {100 * args.val_share:g} % of each "
+          f"class, by a hash of its names: train {len(train):,} images, val {len(val):,}, classes {len(val.classes):,}")
+    return train, val
+
+
+def hash_name(name):
+    return hashlib.blake2b(os.fsencode(name.replace(os.sep, "/")), digest_size=8).digest()
 
 
 def refuse_second_way(folder, real):
@@ -247,20 +285,29 @@ def open_data(args, size):
     """(train, val, names of the classes, fingerprint). An item of both is dict(image uint8 (3, size, size), label)."""
     if args.data == "shapes":
         return Shapes("train", size, 2000), Shapes("val", size, 1000), CLASSES, FINGERPRINT      # 2000 as in train.py
-    root, splits = Path(args.root), []
-    for split, expected in IMAGENET.items():
-        images = ClassFolders(root / split, size)
-        print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
-        args.partial |= args.data == "imagenet" and len(images) < expected
-        if args.partial and not args.allow_partial:
-            sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
-        splits.append(images)
-    train, val = splits
+    root = Path(args.root)
+    has_split = any((root / split).is_dir() for split in IMAGENET)
+    if has_split and args.val_share is not None:
+        sys.exit(f"{root}: holds train/ or val/, so the split is there; leave out --val-share, or give as --root the "
+                 "folder of classes itself")
+    if args.data == "folder" and not has_split and class_names(root):
+        train, val = hold_out(root, size, args)
+    else:
+        train, val = (open_split(root, split, size, args) for split in IMAGENET)
     refuse_other_classes(args, train, val)
     val.samples = [(path, train.classes.index(val.classes[label])) for path, label in val.samples]
-    files = [[path for path, _ in images.samples] for images in splits]
+    files = [[path for path, _ in images.samples] for images in (train, val)]
     checkpoint.refuse_trained_on(root, *files)
     return train, val, train.classes, checkpoint.fingerprint(root, sum(files, []))
+
+
+def open_split(root, split, size, args):
+    images, expected = ClassFolders(root / split, size), IMAGENET[split]
+    print(f"{args.data} {split}: images {len(images):,}, classes {len(images.classes):,}")
+    args.partial |= args.data == "imagenet" and len(images) < expected
+    if args.partial and not args.allow_partial:
+        sys.exit(f"{root / split}: {len(images):,} images of {expected:,}; complete it, or give --allow-partial")
+    return images
 
 
 def refuse_other_classes(args, train, val):
@@ -299,12 +346,12 @@ def grid_metrics(heads, features, labels, args):
 
 
 def draw_images(file, images, names, predicted):
-    """The first images with their label, and in red what was predicted where that is wrong."""
+    """Images with their label, and in red what was predicted where that is wrong: {place among the images: class}."""
     tile, line, columns = 144, 34, min(6, len(predicted))
     sheet = Image.new("RGB", (columns * tile, math.ceil(len(predicted) / columns) * (tile + line)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, guess in enumerate(predicted):
-        pixels, label = images[i]["image"], images[i]["label"]
+    for i, (at, guess) in enumerate(predicted.items()):
+        pixels, label = images[at]["image"], images[at]["label"]
         x, y = i % columns * tile, i // columns * (tile + line)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((tile - 4, tile - 4), Image.Resampling.BICUBIC), (x + 2, y))
@@ -322,6 +369,8 @@ def evaluate(path, args, device, data):
     shared = dict(data=args.data, fingerprint=fingerprint, train=len(train), val=len(val), classes=len(names),
                   size=model.config.image_size, partial=args.partial, feature="[CLS], last block, final norm",
                   precision=args.amp)
+    if args.val_share is not None:                                  # not of data that bring a split
+        shared |= dict(val_share=args.val_share, split="lowest hashes of the names, by class")
     facts = dict(data=args.data, root=args.root, **facts, config=dataclasses.asdict(model.config), seed=args.seed)
 
     def claim(probe, out, **protocol):
@@ -360,8 +409,9 @@ def evaluate(path, args, device, data):
         metrics = grid_metrics(heads, *features(val), args)
         if args.save_images:
             rate = max(range(len(RATES)), key=lambda i: metrics["grid"][i]["top1"][0])
-            guesses = heads.predict(features(val)[0][:args.save_images])[:, 0, rate].tolist()
-            draw_images(checkpoint.beside(out, ".png"), val, names, guesses)
+            drawn = checkpoint.spread(len(val), args.save_images)       # folders are sorted by class
+            guesses = heads.predict(features(val)[0][drawn])[:, 0, rate].tolist()
+            draw_images(checkpoint.beside(out, ".png"), val, names, dict(zip(drawn, guesses, strict=True)))
         spread = f"; ± is the spread of {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1)
         report(out, linear, f"linear {show(metrics['top1_seeds'])}, best rate{spread}", metrics)
     elif not args.knn:
@@ -381,6 +431,8 @@ def parse_args(argv=None):
     # data
     p.add_argument("--data", choices=list(RECIPES), default="shapes", help="folder: any classes")
     p.add_argument("--root", help=f"folder that holds {TREE}")
+    p.add_argument("--val-share", type=float, help="of each class in a folder of classes without train/ and val/: the "
+                   "pictures that are val, by a hash of the names; default 0.2")
     p.add_argument("--allow-partial", action="store_true", help="accept missing images, in val/ missing classes")
     # heads
     p.add_argument("--iters", type=int, help="iterations; the cosine schedule scales with them")
@@ -390,7 +442,8 @@ def parse_args(argv=None):
     # run
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
-    p.add_argument("--save-images", type=int, default=0, metavar="N", help="draw N val images with predictions")
+    p.add_argument("--save-images", type=int, default=0, metavar="N",
+                   help="draw N val images, spread over the classes, with predictions")
     p.set_defaults(**recipe, partial=False)                        # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)
@@ -402,6 +455,8 @@ def check_args(p, args):
     if (args.root is None) != (args.data == "shapes"):
         p.error(f"--data {args.data} needs --root, a folder with {TREE}" if args.root is None else
                 "--data shapes takes no --root; its scenes are embedded")
+    if args.val_share is not None and (args.data != "folder" or not 0 < args.val_share < 1):
+        p.error(f"--val-share {args.val_share:g}: a share of --data folder, above 0 and below 1")
     checkpoint.check_flags(p, args, "iters batch_size micro_batch seeds save_every log_every", "save_images")
     args.micro_batch = min(args.micro_batch, args.batch_size)
 

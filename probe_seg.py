@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import checkpoint
 import vit
@@ -393,7 +393,7 @@ def list_pairs(data, root, split, names):
                 for path in sorted((root / "leftImg8bit" / split).glob("[!.]*/[!.]*_leftImg8bit.png"))]
     folder, pairs = root / "VOCdevkit/VOC2012", []
     file = Path(names or folder / f"ImageSets/Segmentation/{split}.txt")
-    for n, line in enumerate(file.read_text("utf-8-sig", "surrogateescape").split("\n"), 1):
+    for n, line in enumerate(checkpoint.read_lines(file), 1):
         stems = {os.path.basename(word).removesuffix(".jpg").removesuffix(".png") for word in line.split()}
         if len(stems) > 1:
             raise ValueError(f"{file}: line {n}: {line.strip()}: not the name of one image, as 2007_000032")
@@ -403,6 +403,8 @@ def list_pairs(data, root, split, names):
             for path in pairs[-1]:
                 if not path.is_file():
                     raise ValueError(f"{file}: line {n}: {name}: no file {path}; complete the data, or mend the list")
+    if names and not pairs:
+        raise ValueError(f"{names}: empty; --voc-list takes a text file with the name of an image per line")
     return pairs
 
 
@@ -496,8 +498,8 @@ def describe(args, config, train, val, fingerprint, block, concat_cls):
         reported="best over evaluations, of each head seed", **scenes if args.data == "shapes" else {})
 
 
-def draw_images(file, head, views, count, width=256):
-    """A row for each of the first `count` pictures: itself, its label and the prediction, both in VOC's colours."""
+def draw_images(file, head, views, width=256):
+    """A row for each picture: itself, its label and the prediction, both in VOC's colours."""
     head, rows = head.eval(), []
     for images, labels, corners, window_size, features in views:
         predicted = predict(head, features, corners, window_size, images.shape[2:], labels.shape[1:])
@@ -506,9 +508,7 @@ def draw_images(file, head, views, count, width=256):
             tiles = [Image.fromarray(view).resize(size, Image.Resampling.NEAREST)
                      for view in (image.permute(1, 2, 0).numpy(), PALETTE[label.numpy()], PALETTE[guess.numpy()])]
             rows.append(np.hstack([np.pad(tile, ((2, 2), (2, 2), (0, 0)), constant_values=255) for tile in tiles]))
-        if len(rows) >= count:
-            break
-    Image.fromarray(np.vstack(rows[:count])).save(file)
+    Image.fromarray(np.vstack(rows)).save(file)
 
 
 def evaluate(path, args, device, data):
@@ -539,13 +539,13 @@ def evaluate(path, args, device, data):
 
     metrics = summarize(history, kinds, args)
     for head in metrics["heads"]:
-        print(f"block {head['block']}{', [CLS] beside' * head['concat_cls']}: mIoU {show(head['miou_seeds'])} at the "
-              f"best evaluation, {show(head['miou_last_seeds'])} at the last")
+        print(f"block {head['block'] + 1}/{config.depth}{', [CLS] beside' * head['concat_cls']}: "       # as in figures
+              f"mIoU {show(head['miou_seeds'])} at the best evaluation, {show(head['miou_last_seeds'])} at the last")
     print(f"{path}: mIoU {show(metrics['miou_seeds'])}; {metrics['miou_constant']:.2f} % of the most frequent class "
           "everywhere" + f"; ± is over {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
     if args.save_images:
-        views = val_views(model, val, [heads[0].block], args, device)
-        draw_images(checkpoint.beside(out, ".png"), heads[0], views, args.save_images)
+        drawn = Subset(val, checkpoint.spread(len(val), args.save_images))
+        draw_images(checkpoint.beside(out, ".png"), heads[0], val_views(model, drawn, [heads[0].block], args, device))
     checkpoint.write_result(out, dict(result, metrics=metrics))
 
 
@@ -567,7 +567,8 @@ def parse_args(argv=None):
     p.add_argument("--stride", type=int, help="between windows, pixels; default 2/3 of --crop, 341 of 512")
     p.add_argument("--short-side", type=int, help="of pictures, pixels; times 0.5 to 2 in training")
     # heads
-    p.add_argument("--blocks", nargs="+", default=["-1"], help="0-based, -1 is the last; or all")
+    p.add_argument("--blocks", nargs="+", default=["-1"], help="all, or places as in Python and JSON: 0 "
+                   "is block 1 of tables and figures, -1 the last")
     p.add_argument("--concat-cls", choices=["no", "yes", "both"], default="no", help="[CLS] beside each patch")
     p.add_argument("--iters", type=int, help="iterations; the schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images per iteration; at most so many windows per forward")
@@ -577,7 +578,8 @@ def parse_args(argv=None):
                    "on shapes all")
     p.add_argument("--save-every", type=int, help="iterations between saves of the heads")
     p.add_argument("--log-every", type=int, help="iterations between progress lines")
-    p.add_argument("--save-images", type=int, default=0, metavar="N", help="of val; <out without .json>.png")
+    p.add_argument("--save-images", type=int, default=0, metavar="N",
+                   help="of val, spread over its list; <out without .json>.png")
     p.set_defaults(**recipe, partial=False)                        # of the data, as found
     args = p.parse_args(argv)
     check_args(p, args)

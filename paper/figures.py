@@ -530,7 +530,8 @@ def parse_args(argv=None):
         "pca": "a row per picture: input, then for every checkpoint the PCA of its patches as RGB, with colours that "
                "are not comparable between columns",
         "attention": "a row per checkpoint and picture: input, then the [CLS] row of every head, grey where exactly 0",
-        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint; mean over runs",
+        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint; mean over runs; block 1 "
+                   "is place 0 in the results",
         "curves": "log.jsonl of several runs, a panel per key",
     }
     subs = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False,
@@ -558,7 +559,8 @@ def parse_args(argv=None):
     subs["pca"].add_argument("--foreground", action="store_true", help="second PCA, of the patches above 0 on the "
                              "first component; by its sign rule mostly the smaller side")
     subs["pca"].add_argument("--smooth", action="store_true", help="bilinear between patches")
-    subs["attention"].add_argument("--block", type=int, default=-1, help="0-based, or from the end")
+    subs["attention"].add_argument("--block", type=int, default=-1, help="a place as in Python and JSON: 0 is "
+                                   "block 1 of tables and figures, -1 the last")
     subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of runs of one method")
     subs["heatmap"].add_argument("--minus", nargs="+", metavar="JSON", help="of another method, to subtract by seed")
     subs["heatmap"].add_argument("--metric", help="default: pib or miou")

@@ -787,3 +787,102 @@ def test_width_1280_is_not_guessed(tmp_path):
     with pytest.raises(ValueError, match="width 1280 .* --heads N"):
         disk.infer_config(state)
     assert disk.infer_config(state, 16).heads == 16
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+def exported(tmp_path, capsys, *flags, **overrides):
+    """(what python -m checkpoint writes of a run, the run, printed lines)."""
+    content, *_ = ours(**overrides)
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run/checkpoint.pt")
+    disk.main([str(tmp_path / "run"), "--export", str(tmp_path / "x.pth"), *flags])
+    return torch.load(tmp_path / "x.pth", weights_only=True), content, capsys.readouterr().out.splitlines()
+
+
+def test_export_is_the_official_state_dict(tmp_path, capsys):
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in VisionTransformer(ViTConfig(depth=12)).state_dict().items()}
+    assert shapes == official_shapes() and len(shapes) == 150
+    state, content, lines = exported(tmp_path, capsys, **FOREIGN)
+    assert {key: tuple(value.shape) for key, value in state.items()} == official_shapes(192, 2, 8, 17)
+    assert all(torch.equal(state[key], content["teacher"][key]) for key in state)
+    assert "timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, " in lines[-1]
+    x = images(2, 3, 32, 32)
+    one, two = (load_backbone(path).features(x) for path in (tmp_path / "x.pth", tmp_path / "run"))
+    assert all(torch.equal(a.cls, b.cls) and torch.equal(a.patches, b.patches) for a, b in zip(one, two, strict=True))
+
+
+def test_timm_computes_the_same(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    state, *_ = exported(tmp_path, capsys, **FOREIGN)
+    other = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, mlp_ratio=4,
+                                          num_classes=0)
+    other.load_state_dict(state)
+    torch.save(other.state_dict(), tmp_path / "timm.pth")           # and back
+    x = images(2, 3, 32, 32)
+    tokens = other.eval().forward_features(x)
+    for path in (tmp_path / "x.pth", tmp_path / "timm.pth"):
+        mine = load_backbone(path).features(x, blocks=[-1])[0]
+        assert torch.allclose(torch.cat([mine.cls[:, None], mine.patches.flatten(1, 2)], 1), tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, said", [
+    (dict(attn="entmax15"), ["entmax15 attention, of which the file says nothing"]),
+    (dict(registers=3), ["3 register_tokens between [CLS] and the patches"]),
+    (dict(specialize=True), ["weights of its own for [CLS], *_cls.*"]),
+    (dict(attn="entmax15", registers=2, specialize=True), ["entmax15 ", "2 register_tokens", "*_cls.*"]),
+])
+def test_an_export_that_is_no_plain_vit_says_what_it_needs(tmp_path, capsys, method, said):
+    state, content, (_, line) = exported(tmp_path, capsys, "--which", "student", **method)
+    assert all(torch.equal(state[key], content["student"][key]) for key in content["student"])
+    assert line.startswith("no plain ViT, so not for timm: ") and all(words in line for words in said)
+    call = line.partition("Here: vit.")[2].replace("vit.ViTConfig", "ViTConfig").partition(".load_state_dict")[0]
+    model = eval(call)                                              # what is printed takes the file
+    model.load_state_dict(state)
+    assert model.config.attn == content["config"]["attn"]
+
+
+def test_an_export_overwrites_nothing(tmp_path, capsys):
+    exported(tmp_path, capsys)
+    before = (tmp_path / "x.pth").read_bytes()
+    for argv, code in ((["run", "--export", "x.pth"], "x.pth: is there already; give another --export"),
+                       (["run", "--export", "x.safetensors"], "x.safetensors: torch.save writes no safetensors;"),
+                       (["run", "--export", "no/y.pth"], "no/y.pth: no such folder; make it, or give another --export"),
+                       (["nowhere", "--export", "y.pth"], "nowhere: no such file"),
+                       (["x.pth", "--export", "y.pth"], "x.pth: cannot tell the architecture: width 24"),
+                       (["run"], 2), (["run", "--export", "y.pth", "--which", "both"], 2)):
+        with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            disk.main(argv)
+        assert stop.value.code == code or str(stop.value.code).startswith(str(code))
+    assert (tmp_path / "x.pth").read_bytes() == before and sorted(os.listdir(tmp_path)) == ["run", "x.pth"]
+
+
+@pytest.mark.parametrize("more, what", [
+    ({"fc_norm.weight": (192,)}, "timm's ViT that pools its patches"),
+    ({"norm_pre.weight": (192,)}, "CLIP's ViT in timm"),
+    ({"blocks.0.attn.q_norm.weight": (64,)}, "a ViT that normalises queries and keys"),
+    ({"dist_token": (1, 1, 192), "pos_embed": (1, 18, 192)}, "distilled DeiT"),
+    ({"reg_token": (1, 3, 192), "pos_embed": (1, 20, 192)}, "timm's ViT with registers"),
+])
+def test_vits_of_timm_that_are_others_are_named(tmp_path, more, what):
+    weights = tiny(**FOREIGN).state_dict() | {key: torch.zeros(shape) for key, shape in more.items()}
+    assert f"it looks like {what}" in rejected(tmp_path, weights)
+
+
+def test_wrappers_within_wrappers_are_taken_off(tmp_path):
+    model = tiny(**FOREIGN)
+    torch.save({"checkpoint": {"model": {"module.encoder." + key: value for key, value in model.state_dict().items()}},
+                "optimizer": {"state": {}}}, tmp_path / "x.pth")
+    check_frozen(load_backbone(tmp_path / "x.pth"), model.state_dict(), model.config)
+
+
+def test_an_encoder_beside_a_head_is_no_classifier(tmp_path):
+    weights = {f"encoder.{key}": value for key, value in tiny(**FOREIGN).state_dict().items()}
+    assert "save what is below encoder. alone, without that prefix" in rejected(
+        tmp_path, weights | {"head.mlp.0.weight": torch.zeros(2)})
+
+
+def test_places_are_spread_from_the_first_to_the_last():
+    assert [disk.spread(*pair) for pair in ((7, 3), (7, 1), (3, 9), (5, 0))] == [[0, 3, 6], [0], [0, 1, 2], []]

@@ -273,7 +273,7 @@ def test_errors_by_hand():
 
 
 def test_sun_is_clipped_at_eight_metres():
-    truth, args = torch.full((1, 60, 60), 9.5), types.SimpleNamespace(data="sunrgbd", save_images=0)
+    truth, args = torch.full((1, 60, 60), 9.5), types.SimpleNamespace(data="sunrgbd", drawn=())
     truth[0, 50, 50] = 7
     row, _ = probe_depth.measure([lambda *_: torch.full((2, 4, 4), 9.0)], [(None, None, truth)], 12.0, args)
     n = 15 * 19                                                     # of rows 45 to 59, columns 41 to 59
@@ -1054,13 +1054,19 @@ def test_pictures_show_both_depths_on_the_scale_of_the_label(tmp_path, capsys):
 
 
 def test_pictures_are_of_val(tmp_path, coarse, capsys):
-    root = nyu(tmp_path / "nyu", 2, 2)
+    """Of its first and its last picture, each beside its own label."""
+    root = nyu(tmp_path / "nyu", 2, 3)
+    for i in range(3):                                              # the label's one depth fills the left half
+        write(root / f"test_room/sync_depth_{i:05}.png", np.full((480, 640), 2000, np.uint16) // (1 + np.indices(
+            (480, 640))[1] * (i + 1) // 640).astype(np.uint16))
     run("--weights", coarse, "--data", "nyu", "--root", root, "--allow-partial", "--iters", 1, "--batch-size", 2,
         "--crop", 64, 64, "--workers", 0, "--save-images", 2, "--out", "a.json")
     sheet = Image.open("a.png")
-    for i in range(2):
+    for row, i in enumerate((0, 2)):
         tile = Image.open(root / f"test_room/rgb_{i:05}.png").resize((400, 300), Image.Resampling.BICUBIC)
-        assert (np.asarray(sheet.crop((0, 304 * i, 400, 304 * i + 300))) == np.asarray(tile)).all()
+        assert (np.asarray(sheet.crop((0, 304 * row, 400, 304 * row + 300))) == np.asarray(tile)).all()
+        label = np.asarray(sheet.crop((404, 304 * row, 804, 304 * row + 300)))
+        assert len(np.unique(label[150], axis=0)) == i + 1
 
 
 def test_sparse_labels_can_be_seen(tmp_path):
@@ -1163,3 +1169,30 @@ def test_more_data_errors(tmp_path, capsys, fine, coarse):
     ]:
         status, line = exits(capsys, *argv, *flags)
         assert status == 1 and "\n" not in line and re.search(message, line), line
+
+
+@pytest.mark.parametrize("data, names", [
+    ("nyu", ("nyudepthv2_train_files_with_gt.txt", "nyudepthv2_test_files_with_gt.txt")),
+    ("kitti", ("eigen_train_files_with_gt.txt", "eigen_test_files_with_gt.txt"))])
+def test_layouts_and_lists_of_bts(tmp_path, data, names):
+    """Its lists have names of their own, and its KITTI pictures no input/; PowerShell saves UTF-16."""
+    root = {"kitti": kitti, "nyu": nyu}[data](tmp_path / "data", 2, 1)
+    before = [list(split) for split in opened(data, root)[:2]]
+    for old, new in zip((probe_depth.LAYOUTS[data][split][0] for split in ("train", "val")), names, strict=True):
+        (root / new).write_bytes((root / old).read_text().encode("utf-16"))
+        (root / old).unlink()
+    if data == "kitti":
+        (root / "input/day").rename(root / "day")
+    again = opened(data, root)
+    assert equal([list(split) for split in again[:2]], before)
+
+
+def test_pictures_of_kitti_may_be_jpegs(tmp_path):
+    root = kitti(tmp_path / "kitti", 1, 1)
+    before = opened("kitti", root)[2]
+    for path in root.glob("input/day/*/*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    train, val, fingerprint = opened("kitti", root)
+    assert [split.pairs[0][0].suffix for split in (train, val)] == [".jpg"] * 2 and fingerprint != before
+    assert val[0]["image"].shape == (3, 352, 1216)

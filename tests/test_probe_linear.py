@@ -528,12 +528,13 @@ def test_linear_end_to_end(tmp_path, checkpoint, capsys):
 
 
 def assert_drawn(tmp_path, model, heads, val, grid):
-    """The sheet shows the first five val pictures, and red text below those that the best rate of seed 0 gets wrong."""
+    """The sheet shows five of the seven val pictures, and red text below those that the best rate of seed 0 gets wrong.
+    """
     sheet, wrong = Image.open(tmp_path / "tiny.linear.folder.png"), []
     assert sheet.size == (5 * 144, 178)
     rate = max(range(13), key=lambda r: grid[r]["top1"][0])
-    for i in range(5):
-        image, label = val[i]["image"], val[i]["label"]
+    for i, at in enumerate((0, 2, 3, 4, 6)):
+        image, label = val[at]["image"], val[at]["label"]
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((140, 140), Image.Resampling.BICUBIC)
         assert np.array_equal(np.asarray(sheet.crop((144 * i + 2, 0, 144 * i + 142, 140))), np.asarray(tile))
         cls = model(vit.normalize(image)[None])[0]
@@ -873,3 +874,91 @@ def test_bad_weights_are_named_in_one_line(tmp_path, capsys, weights):
 def test_missing_root_is_named(tmp_path, capsys, checkpoint):
     status, line = exits(capsys, "--weights", checkpoint, "--data", "folder", "--root", "nowhere")
     assert status == 1 and "nowhere" in line and "no such folder" in line and "\n" not in line
+
+
+# ---- folders of classes without a split -----------------------------------------------------------------------------
+
+def one_folder(root, counts):
+    """root/<class>/*.png, without train/ and val/."""
+    draw(root, [(name, n, 0) for name, n in counts.items()])
+    for folder in (root / "train").iterdir():
+        folder.rename(root / folder.name)
+    shutil.rmtree(root / "train"); shutil.rmtree(root / "val")
+    return root
+
+
+def held_out(root, capsys, *flags):
+    """(names of train, names of val, printed text)."""
+    args = options("--weights", "random", "--data", "folder", "--root", root, *flags)
+    splits = [images.samples for images in probe_linear.open_data(args, 32)[:2]]
+    classes = sorted(path.name for path in root.iterdir())
+    assert all(Path(path).parent.name == classes[label] for samples in splits for path, label in samples)
+    return *([os.path.relpath(path, root) for path, _ in samples] for samples in splits), capsys.readouterr().out
+
+
+def test_a_folder_of_classes_is_split_by_a_hash_of_the_names(tmp_path, capsys):
+    counts = {"blue": 13, "green": 4, "red": 2}
+    root = one_folder(tmp_path / "own", counts)
+    train, val, text = held_out(root, capsys)
+    lowest = {name: sorted((f"{name}/{i}.png" for i in range(n)),
+                           key=lambda path: hashlib.blake2b(path.encode(), digest_size=8).hexdigest())
+              for name, n in counts.items()}
+    expected = sorted(lowest["blue"][:3] + lowest["green"][:1] + lowest["red"][:1])     # 2.6, 0.8 and 0.4: one at least
+    assert sorted(val) == expected and sorted(train + val) == sorted(sum(lowest.values(), []))
+    assert "val is 20 % of each class, by a hash of its names: train 14 images, val 5, classes 3" in text
+    assert held_out(root, capsys, "--seed", 5)[:2] == (train, val)
+    shutil.copytree(root, tmp_path / "elsewhere")
+    assert held_out(tmp_path / "elsewhere", capsys)[:2] == (train, val)
+    assert sorted(held_out(root, capsys, "--val-share", 0.9)[1]) == sorted(
+        lowest["blue"][:12] + lowest["green"][:3] + lowest["red"][:1])                  # one at least is left
+
+
+def test_the_split_is_in_the_protocol_where_there_was_none(tmp_path, checkpoint, capsys):
+    own = one_folder(tmp_path / "own", {"blue": 5, "red": 5})
+    for flags, share in (([], 0.2), (["--val-share", 0.4], 0.4)):
+        probe_linear.main([*map(str, ["--knn", "--weights", checkpoint, "--data", "folder", "--root", own, "--out",
+                                      f"{share}.json", "--workers", 0, *flags])])
+        protocol = result(capsys, f"{share}.json")["protocol"]
+        assert (protocol["val_share"], protocol["split"]) == (share, "lowest hashes of the names, by class")
+        assert (protocol["train"], protocol["val"]) == (10 - 10 * share, 10 * share)
+    two = draw(tmp_path / "two")
+    probe_linear.main(["--knn", "--weights", checkpoint, "--data", "folder", "--root", str(two), "--out", "two.json",
+                       "--workers", "0"])
+    assert result(capsys, "two.json")["protocol"].keys() == protocol.keys() - {"val_share", "split"}
+
+
+@pytest.mark.parametrize("counts, flags, message", [
+    ({"blue": 3, "red": 1, "sky": 1}, [], "own: one picture each of red, sky, not enough for .*--allow-partial"),
+    ({"red": 1, "sky": 1}, ["--allow-partial"], "own: one picture each of red, sky"),   # and nothing to score
+    ({"blue": 3}, [], "own: one class, blue"),
+    ({"training": 3, "validation": 3}, [], "own: training, validation is no class but a split; .* must hold train/"),
+    ({}, [], "own must hold train/<class>.* and val/<class>.*, or with --data folder <class>"),
+])
+def test_what_cannot_be_split_is_refused(tmp_path, capsys, counts, flags, message):
+    root = tmp_path / "own"
+    one_folder(root, counts) if counts else root.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        held_out(root, capsys, *flags)
+    assert re.search(message, stop.value.code), stop.value.code
+
+
+def test_a_class_of_one_picture_is_train_alone_with_allow_partial(tmp_path, checkpoint, capsys):
+    root = one_folder(tmp_path / "own", {"blue": 3, "green": 3, "red": 1})
+    probe_linear.main([*map(str, ["--knn", "--weights", checkpoint, "--data", "folder", "--root", root, "--workers", 0,
+                                  "--allow-partial", "--out", "a.json"])])
+    protocol = result(capsys, "a.json")["protocol"]
+    assert (protocol["train"], protocol["val"], protocol["classes"], protocol["partial"]) == (5, 2, 3, True)
+
+
+def test_val_share_is_for_folders_without_a_split(tmp_path, capsys):
+    for share in ("0", "1", "-0.1", "nan"):
+        status, line = exits(capsys, "--weights", "random", "--data", "folder", "--root", ".", "--val-share", share)
+        assert status == 2 and "a share of --data folder, above 0 and below 1" in line
+    status, line = exits(capsys, "--weights", "random", "--data", "imagenet", "--root", ".", "--val-share", "0.2")
+    assert status == 2 and "a share of --data folder" in line
+    root = draw(tmp_path / "two")
+    for gone in ("", "val"):
+        shutil.rmtree(root / gone) if gone else None
+        with pytest.raises(SystemExit) as stop:
+            held_out(root, capsys, "--val-share", 0.2)
+        assert re.search("two: holds train/ or val/, so the split is there; leave out --val-share", stop.value.code)

@@ -1112,8 +1112,8 @@ def test_saved_pictures_show_input_label_and_prediction(tmp_path, checkpoint, ca
     image = torch.tensor([[[9, 8], [7, 6]]] * 3, dtype=torch.uint8)
     patches = F.one_hot(guess, 21).permute(2, 0, 1).float()
     views = [(torch.stack([image] * 2), torch.stack([label] * 2), [(0, 0)], (2, 2),
-              {0: (torch.zeros(2, 21), torch.stack([patches] * 2))})] * 2
-    probe_seg.draw_images(tmp_path / "a.png", identity_head(21), views, 2)
+              {0: (torch.zeros(2, 21), torch.stack([patches] * 2))})]
+    probe_seg.draw_images(tmp_path / "a.png", identity_head(21), views)
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     half = sheet.shape[0] // 2
     assert np.array_equal(sheet[:half], sheet[half:]) and sheet.shape[1] == 3 * half
@@ -1123,7 +1123,7 @@ def test_saved_pictures_show_input_label_and_prediction(tmp_path, checkpoint, ca
         assert [tile[y, x].tolist() for y in (50, 200) for x in (50, 200)] == view.reshape(4, 3).tolist()
 
 
-def test_saved_pictures_are_the_first_of_val(tmp_path, checkpoint, capsys):
+def test_saved_pictures_are_spread_over_val(tmp_path, checkpoint, capsys):
     root, grey = draw_voc(tmp_path / "voc"), {"train": 200, "val": 50}
     for split in grey:
         for i in range(3):
@@ -1132,9 +1132,9 @@ def test_saved_pictures_are_the_first_of_val(tmp_path, checkpoint, capsys):
             mask(voc(root, f"SegmentationClass/2007_{split}{i}.png"), ids, palette=True)
     run(capsys, tmp_path, checkpoint, "voc", "--save-images", "2")
     sheet, palette = np.asarray(Image.open(tmp_path / "out.png")).astype(int), probe_seg.PALETTE
-    heights = [round(256 * 40 / 50) + 4, round(256 * 40 / 66) + 4]  # of pictures at a short side of 40
+    heights = [round(256 * 40 / 50) + 4, round(256 * 83 / 40) + 4]  # the first and the last of three
     assert sheet.shape == (sum(heights), 3 * 260, 3)
-    for i, row in enumerate((heights[0] // 2, heights[0] + heights[1] // 2)):
+    for i, row in ((0, heights[0] // 2), (2, heights[0] + heights[1] // 2)):
         assert np.abs(sheet[row, 130] - (50 + 20 * i)).max() <= 2   # a JPEG
         assert sheet[row, 390].tolist() == palette[5 + i].tolist()
 
@@ -1414,3 +1414,22 @@ def test_other_mistakes_are_named_in_one_line(tmp_path, capsys, checkpoint):
     for name in ("missing.pt", "text.pt", "other.pt"):
         status, line = exits(capsys, "--weights", name, *where)
         assert status == 1 and line.startswith(f"{name}: ") and "\n" not in line
+
+
+def test_lists_of_powershell_are_read_and_empty_ones_named(tmp_path, capsys, checkpoint):
+    root, where = draw_voc(tmp_path / "root"), tmp_path / "list.txt"
+    where.write_bytes("2007_train2\r\n2007_train1\r\n".encode("utf-16"))
+    train, _ = opened("voc", root, "--voc-list", "list.txt")
+    assert [pair[0].stem for pair in train.pairs] == ["2007_train2", "2007_train1"]
+    where.write_text("\n \n")
+    flags = ["--data", "voc", "--root", root, *SMALL, "--voc-list", "list.txt"]
+    assert exits(capsys, "--weights", checkpoint, *flags) == (1, "list.txt: empty; --voc-list takes a text file with "
+                                                              "the name of an image per line")
+
+
+def test_printed_blocks_are_counted_from_one_of_the_depth(few_scenes, checkpoint, capsys):
+    """As in figures and in pib.py's table; flags and JSON count as Python does."""
+    probe_seg.main(["--weights", checkpoint, "--iters", "1", "--blocks", "0", "-1"])
+    *_, first, last, _, line = capsys.readouterr().out.splitlines()
+    assert first.startswith("block 1/2: mIoU ") and last.startswith("block 2/2: mIoU ")
+    assert [head["block"] for head in json.loads(line)["metrics"]["heads"]] == [0, 1]
