@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,35 @@ def test_a_run_of_a_cpu_goes_on_on_the_device(begun_on_a_cpu, fake, tmp_path):
 @pytest.mark.parametrize("flags", ["--amp bf16 --registers 2", "--attn entmax15 --amp fp16"])
 def test_a_run_of_the_device_goes_on_there(fake, tmp_path, flags):
     assert_goes_on(fake, begin(flags, DEVICE, tmp_path), tmp_path)
+
+
+def test_compile_takes_the_colours_of_the_device_along(fake, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "compile", lambda f: taken.append(f) or f)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
+    monkeypatch.setattr(data, "JITTER", data.JITTER)
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)                 # as it is set
+    train_one(train.Run(train.parse_args([*TINY, "--compile"]), DEVICE), 1)
+    assert taken == [data.change_brightness, data.change_contrast, data.change_saturation, data.shift_hue]
+    train.Run(train.parse_args([*TINY, "--compile"]), torch.device("cpu"))
+    assert len(taken) == 4
+
+
+def test_logits_are_gone_before_the_next_micro_batch(fake, monkeypatch):
+    run, alive = train.Run(train.parse_args([*TINY, "--accum", "4"]), DEVICE), []
+
+    def loss(*logits, honest=run.loss.forward):
+        alive.extend(weakref.ref(x) for x in logits[:2])
+        return honest(*logits)
+
+    def photometric(*args, honest=data.MultiCrop.photometric):
+        assert [reference() for reference in alive] == [None] * len(alive)
+        return honest(*args)
+
+    monkeypatch.setattr(run.loss, "forward", loss)
+    monkeypatch.setattr(data.MultiCrop, "photometric", photometric)
+    train_one(run, 1)
+    assert len(alive) == 8
 
 
 # ---- probes, PiB, figures
