@@ -264,7 +264,7 @@ def test_gradients_by_hand_are_those_of_autograd():
 
 @pytest.mark.parametrize("flags", [
     "--attn softmax --amp bf16", "--attn softmax --amp fp16 --clip-grad 0 --accum 2", "--attn entmax15 --amp bf16",
-    "--attn entmax15 --amp fp16", "--attn entmax15 --amp off", "--attn entmax15 --amp bf16 --no-fused",
+    "--attn entmax15 --amp off", "--attn entmax15 --amp bf16 --no-fused",
     "--attn entmax15 --amp fp16 --registers 2 --specialize --accum 2 --depth 2 --drop-path 0.1 --norm-last-layer",
     "--attn entmax15 --amp bf16 --local-crops 0"])
 def test_a_step_waits_for_nothing_and_computes_in_the_types_of_autocast(fake, flags):
@@ -359,7 +359,7 @@ def test_compile_takes_the_colours_of_the_device_along(fake, monkeypatch):
 
 
 def test_logits_are_gone_before_the_next_micro_batch(fake, monkeypatch):
-    run, alive = train.Run(train.parse_args([*TINY, "--accum", "4"]), DEVICE), []
+    run, alive = train.Run(train.parse_args([*TINY, "--accum", "2"]), DEVICE), []
 
     def loss(*logits, honest=run.loss.forward):
         alive.extend(weakref.ref(x) for x in logits[:2])
@@ -372,7 +372,7 @@ def test_logits_are_gone_before_the_next_micro_batch(fake, monkeypatch):
     monkeypatch.setattr(run.loss, "forward", loss)
     monkeypatch.setattr(data.MultiCrop, "photometric", photometric)
     train_one(run, 1)
-    assert len(alive) == 8
+    assert len(alive) == 4
 
 
 # ---- probes, PiB, figures

@@ -417,7 +417,7 @@ def test_compiled_runs_are_the_plain_ones(tmp_path, processes, drop_path, accum,
 def test_another_number_of_processes_may_go_on(tmp_path, counts):
     """The batch is that of all processes, so a run may go on with more or fewer. Stochastic depth draws by process:
     without it the result is the same up to rounding."""
-    flags, script = ["--drop-path", "0"], faulty(STRUCK.format(rank=0, signal="SIGTERM"))
+    flags, script = ["--drop-path", "0"], faulty(ASKED.format(after={0: 21, 1: 21}, patience=60, lost="raise"))
     assert Child(tmp_path / "whole", flags=flags).status() == 0
     whole = load(tmp_path / "whole/checkpoint.pt")
     status, text = torchrun(2, tmp_path / "run", *flags, script=script)
