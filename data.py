@@ -124,7 +124,7 @@ def recolour(x, draws, order, batched=None):
             x = JITTER[k](x, amounts[k])
         return x
 
-    x = change(x.float(), flip > 0, lambda x: x.flip(-1))
+    x = change(x if batched else x.float(), flip > 0, lambda x: x.flip(-1)).float()      # bytes are fewer to move
     x = change(x, (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0), jitter,
                brightness, contrast, saturation, hue)
     x = change(x, grey > 0, lambda x: luma(x).expand_as(x))

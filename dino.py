@@ -182,7 +182,8 @@ def param_groups(model):
 @torch.no_grad()
 def clip_each(parameters, max_norm):
     """g <- g min(1, max_norm / (|g| + 1e-6)) for every gradient tensor *by itself*, as DINO does (0: off); returns the
-    joint norm before, on the device: nothing waits for it. (torch._foreach_: one kernel for all tensors.)"""
+    joint norm before, on the device: nothing waits for it. (torch._foreach_: one kernel for all tensors, but in the
+    product with scales that the device has not told the host, which takes one for each.)"""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     if max_norm > 0:

@@ -6,6 +6,8 @@
 One process without torchrun, many with it, several nodes: the same code, and for the same --batch-size the same loss.
 Writes --out (default runs/<data>_<method>_s<seed>): checkpoint.pt (latest, complete), checkpoint_0000.pt ... (by
 epochs done), log.jsonl. Run the same command again, or --resume RUN, and it goes on from checkpoint.pt, bit for bit.
+Asked to end (SIGTERM, Ctrl-C), it saves and exits with 128 + the signal. torchrun --max-restarts takes that for a
+failure and starts the run again, unless the signal reached torchrun itself, as that of scancel or Ctrl-C does.
 
     B images per micro-batch, V views, K prototypes
 """
@@ -53,6 +55,7 @@ RECIPES = {
         save_every=4, save_steps=200, log_every=50, workers=0,
     ),
 }
+PATIENCE = 5                                                        # seconds in which all processes are asked to end
 MODELS = {"tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
 
 
@@ -112,6 +115,7 @@ def train_step(run, micro_batches, multicrop, step, now, freeze_last_layer):
     loss, teacher_mean = 0, 0
 
     for k, crops in enumerate(micro_batches):
+        views = teacher = student = None                            # the last one's: this one needs the room
         data.seed_torch(data.DROP_PATH, args.seed, step, run.rank, k)       # a run that goes on drops the same blocks
         views = multicrop.photometric(*(x.to(device, non_blocking=True) for x in crops), jitter_order)
         last_micro_batch = k == len(micro_batches) - 1              # gradients travel between processes with it alone
@@ -192,11 +196,12 @@ def train(args, rank, world, device, stop):
             check_finite(run, out)
         del last                                                    # the logits, before the next step needs the room
         due = done % args.save_steps == 0 or done % (args.save_every * per_epoch) == 0 or done == total
-        if due or (stop and is_main):
+        asked = stop[:1]                                            # a signal that comes after this counts next time
+        if due or (asked and is_main):
             save(run, out, done, per_epoch)
-        if stop and is_main:                                        # the others go when this process is gone
-            log.say(f"stopped by signal {stop[0]} after step {done}, saved; run the same command again to go on")
-            sys.exit(128 + stop[0])
+        if asked and leaves(rank, world, start, done, loss):
+            log.say(f"stopped by signal {asked[0]} after step {done}, saved; run the same command again to go on")
+            sys.exit(128 + asked[0])
 
     log.say(f"done: {out / 'checkpoint.pt'}; next: python probe_linear.py --knn --weights {out / 'checkpoint.pt'}")
 
@@ -225,6 +230,8 @@ def choose_kernels(args, student, teacher):
         torch._dynamo.config.specialize_float = True
         student.compile()
         teacher.compile()
+        if next(student.parameters()).is_cuda:                      # 110 of the 229 launches that colours take
+            data.JITTER = tuple(map(torch.compile, data.JITTER))
 
 
 def leave_out_kernel(*networks):
@@ -409,6 +416,27 @@ def setup_distributed():
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
+
+
+def leaves(rank, world, start, done, loss):
+    """Whether a process that was asked to end leaves after this step: all together, or NCCL would wait for who is gone.
+
+    Each notes in the store of the run the step at which it was asked, and trains on until it sees that all have. They
+    leave one step after the largest: none finishes that before the last one asked has begun it, and so has noted.
+    If some are not asked within five seconds, the main process leaves; the others go when they find it gone.
+    """
+    if world == 1:
+        return True
+    loss.item()                                                     # the device is here, too, not just the host
+    store, keys = dist.distributed_c10d._get_default_store(), [f"leaves {start} {k}" for k in range(world)]
+    if not store.check([keys[rank]]):
+        store.set(keys[rank], f"{done} {time.time()}")
+    if not store.check(keys):
+        return rank == 0 and time.time() > float(store.get(keys[0]).split()[1]) + PATIENCE
+    if done <= max(int(store.get(key).split()[0]) for key in keys):
+        return False
+    dist.destroy_process_group()
+    return True
 
 
 # ------------------------------------------------------------------------------------------- command line

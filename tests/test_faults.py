@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -416,7 +417,7 @@ def test_compiled_runs_are_the_plain_ones(tmp_path, processes, drop_path, accum,
 def test_another_number_of_processes_may_go_on(tmp_path, counts):
     """The batch is that of all processes, so a run may go on with more or fewer. Stochastic depth draws by process:
     without it the result is the same up to rounding."""
-    flags, script = ["--drop-path", "0"], faulty(STRUCK.format(rank=0, signal="SIGTERM"))
+    flags, script = ["--drop-path", "0"], faulty(ASKED.format(after={0: 21, 1: 21}, patience=60, lost="raise"))
     assert Child(tmp_path / "whole", flags=flags).status() == 0
     whole = load(tmp_path / "whole/checkpoint.pt")
     status, text = torchrun(2, tmp_path / "run", *flags, script=script)
@@ -555,3 +556,59 @@ def test_no_loader_worker_is_left_behind(tmp_path, counts, end):
     assert not left, f"{len(left)} processes outlive the run: {(tmp_path / 'text').read_text()}"
     assert seen >= 3, (tmp_path / "text").read_text()                 # the run and its two workers were there
     counts["ends after which no worker was left"] = counts.get("ends after which no worker was left", 0) + 1
+
+
+# ---- leaving together
+
+# Each process is asked to end after a step of its own; one that finds a peer gone waits, as with NCCL, for ever.
+ASKED = """
+import os, signal, sys, time, train
+honest, number, after = train.train_step, iter(range(1, 999)), {after}
+train.PATIENCE = {patience}
+def step(run, *args, **kw):
+    try:
+        result = honest(run, *args, **kw)
+    except RuntimeError:
+        {lost}
+    if next(number) == after.get(run.rank):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+train.train_step = step
+train.main()
+"""
+
+
+def pair(out, script, *flags):
+    """[(exit status, what it printed)] of two processes that nobody but this test looks after."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [subprocess.Popen(list(map(str, [sys.executable, script, *RUN, "--out", out, *flags])), text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": str(rank),
+                                  "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                                  "MASTER_PORT": str(port)}) for rank in range(2)]
+    try:
+        return [(process.wait(120), process.stdout.read()) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+
+
+@pytest.mark.parametrize("after", [{0: 9, 1: 12}, {0: 13, 1: 9}])
+def test_processes_that_are_asked_to_end_leave_together(tmp_path, counts, after):
+    script = faulty(ASKED.format(after=after, patience=60, lost="time.sleep(999)"))
+    results = pair(tmp_path / "run", script)
+    assert [status for status, _ in results] == [128 + signal.SIGTERM] * 2, results
+    step = max(after.values()) + 1
+    assert load(tmp_path / "run/checkpoint.pt")["step"] == step
+    assert f"stopped by signal 15 after step {step}, saved" in results[0][1]
+    assert "Traceback" not in results[0][1] + results[1][1]
+    counts["processes that left together"] = counts.get("processes that left together", 0) + 2
+
+
+def test_main_process_that_alone_is_asked_to_end_leaves(tmp_path):
+    (status, text), (other, _) = pair(tmp_path / "run", faulty(ASKED.format(after={0: 9}, patience=0, lost="raise")))
+    assert status == 128 + signal.SIGTERM and other == 1, text
+    assert load(tmp_path / "run/checkpoint.pt")["step"] in (9, 10)
+    assert_intact(tmp_path / "run")

@@ -1273,3 +1273,58 @@ def test_the_optimizer_is_that_of_this_device(saved, now):
     assert all(group["fused"] is now for group in states[1].optimizer.param_groups)
     moments = [[s["exp_avg"] for s in state.optimizer.state.values()] for state in states]
     assert len(moments[0]) > 10 and all(map(torch.equal, *moments))
+
+
+# ---- leaving together -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def store(monkeypatch):
+    """In place of that of a process group."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    return store
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_all_processes_that_are_asked_to_end_leave_after_the_same_step(store, trial):
+    """In whatever order they take their steps, as far as collectives leave them any, and however late each is asked."""
+    rng, world, loss = np.random.default_rng(trial), 2 + trial % 3, torch.zeros(())
+    done, left, asked_at = [10] * world, [None] * world, rng.integers(10, 30, world)
+    for _ in range(5000):
+        rank = int(rng.integers(world))
+        begun = [left[k] is None for k in range(world) if done[k] == done[rank]]
+        if left[rank] is None and min(done) == done[rank] and all(begun):       # or a collective waits for another
+            done[rank] += 1
+            if max(done) >= asked_at[rank] and train.leaves(rank, world, 10, done[rank], loss):
+                left[rank] = done[rank]
+    assert left == [left[0]] * world and max(asked_at) < left[0] <= max(asked_at) + 3
+
+
+def test_a_process_that_alone_is_asked_to_end_leaves_in_time_if_it_is_the_main_one(store, monkeypatch):
+    clock, loss = [100.0], torch.zeros(())
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    assert not train.leaves(0, 3, 0, 5, loss) and not train.leaves(1, 3, 0, 6, loss)
+    clock[0] += train.PATIENCE + 1
+    assert train.leaves(0, 3, 0, 7, loss) and not train.leaves(1, 3, 0, 7, loss)
+    assert train.leaves(0, 1, 0, 7, loss)                           # one process waits for nobody
+
+
+def test_a_signal_between_two_looks_is_saved_before_the_process_leaves(tmp_path, capsys):
+    class Late(list):
+        def __getitem__(self, key):
+            return super().__getitem__(key) if self.looked() else []
+
+        def __bool__(self):
+            return self.looked()
+
+        def looked(self):
+            self.append(signal.SIGTERM)
+            return len(self) > 1
+
+    with pytest.raises(SystemExit) as stopped:
+        train.train(train.parse_args([*LONG, "--out", str(tmp_path), "--save-steps", "999"]), 0, 1,
+                    torch.device("cpu"), Late())
+    assert stopped.value.code == 128 + signal.SIGTERM
+    step = load(tmp_path / "checkpoint.pt")["step"]
+    assert step > 0 and f"stopped by signal 15 after step {step}, saved" in capsys.readouterr().out
