@@ -320,7 +320,7 @@ def bench_data(args, rest, device):
             draw_jpegs(folder)
         if settings.data == "shapes":
             sys.exit("shapes: its scenes are in memory, there is nothing to load; give --data DIR, or leave --data out")
-        source = train.open_data(settings)
+        source, _ = train.open_data(settings)
         multicrop = data.MultiCrop(settings.image_size, settings.local_size, settings.local_crops,
                                    settings.global_scale, settings.local_scale)
         rows = per_core(settings, source, multicrop, max(5, args.repeats // 3))

@@ -373,13 +373,14 @@ def tree(tmp_path):
 
 def test_images_are_found_in_train_at_any_depth(tree):
     root, readable, broken = tree
-    assert data.list_images(str(root)) == sorted([*readable, *broken])
+    assert data.list_images(str(root)) == (sorted([*readable, *broken]), {".txt": 1})
 
 
 def test_flat_folder_without_train(tmp_path):
     for name in ("b.png", "a.jpeg", "c.txt", "d"):
         (tmp_path / name).touch()
-    assert data.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
+    assert data.list_images(str(tmp_path)) == ([str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")],
+                                               {".txt": 1, "without suffix": 1})
 
 
 def test_hidden_files_and_folders_are_no_pictures(tmp_path):
@@ -388,7 +389,7 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     root = tmp_path / ".cache/set"                                  # what lies above the folder does not matter
-    assert data.list_images(str(root)) == [str(root / "a/x.png")]
+    assert data.list_images(str(root)) == ([str(root / "a/x.png")], {})
 
 
 def test_loops_of_links_end_and_links_count(tmp_path):
@@ -400,7 +401,7 @@ def test_loops_of_links_end_and_links_count(tmp_path):
     (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/z.png").symlink_to(tmp_path / "set/a/x.png")
-    found = [os.path.relpath(path, tmp_path / "set") for path in data.list_images(str(tmp_path / "set"))]
+    found = [os.path.relpath(path, tmp_path / "set") for path in data.list_images(str(tmp_path / "set"))[0]]
     assert found == ["a/x.png", "again/y.png", "z.png"]             # elsewhere once, under the first of its names
 
 
@@ -425,7 +426,7 @@ def test_every_readable_file_can_be_cropped(tree):
 
 def test_unreadable_file_gives_way_to_another_by_seed_epoch_and_index(tree):
     root, readable, broken = tree
-    paths = data.list_images(str(root))
+    paths, _ = data.list_images(str(root))
 
     def item(seed, epoch, path):
         return data.Crops(data.Pictures(paths), MultiCrop(32, 16, 2), seed)[epoch, paths.index(path)]
@@ -466,8 +467,12 @@ def test_each_unreadable_file_is_reported_once():
     (900, 100, False, True),
     (990, 10, True, False),                                         # 1 % is not more than 1 %
     (989, 11, False, True),
-    (30, 1, False, False),
-    (30, 1, True, True),                                            # small folders are judged after an epoch
+    (30, 4, False, False),
+    (30, 4, True, True),                                            # small folders are judged after an epoch
+    (30, 3, True, False),                                           # and a few files of theirs are no alarm
+    (280, 3, True, False),
+    (280, 10, True, False),
+    (280, 11, True, True),
 ])
 def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_over, stops):
     reads = data.Reads()

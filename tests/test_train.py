@@ -209,7 +209,7 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
 def scenes(size, length):
     """The embedded data set, as train.py sees it."""
     flags = f"--patch-size 8 --image-size {size} --batch-size {length} --length {length}"
-    return train.open_data(train.parse_args(flags.split()))
+    return train.open_data(train.parse_args(flags.split()))[0]
 
 
 def test_pretraining_sees_the_train_scenes():
@@ -1005,7 +1005,7 @@ def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
     (dict(loss=0.5 * math.log(64), entropy=0.9 * math.log(64)), None),
 ])
 def test_collapse_is_called_by_name(record, sign):
-    healthy = dict(loss=2.0, entropy=1.0)
+    healthy, record = dict(loss=2.0, entropy=1.0, rank=3.0), dict(record, rank=3.0)
     warning = dino.collapse([healthy] * 3 + [record] * 5, math.log(64))
     assert sign in warning and "--" in warning if sign else warning is None
     assert dino.collapse([record] * 4, math.log(64)) is None       # too early to tell
