@@ -180,6 +180,9 @@ def train(args, rank, world, device, stop):
             f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
             f"{args.lr * args.batch_size / 256:.3g}, amp {args.amp}, in {out}"
             + f", going on from step {start:,}" * (start > 0))
+    if args.data != "shapes" and total < 1000:
+        log.say(f"few steps; --epochs {math.ceil(1500 / per_epoch)} make the 1,500 in which recipe small was seen to "
+                "learn")
     if device.type == "cpu" and (days := cpu_days(args, total, world)) > 1:
         log.say(f"about {days:,.0f} days on this CPU, at 50 GFLOP/s a thread; --recipe small is made for one")
     check_kernel(run, world, device, log.say)
@@ -308,7 +311,8 @@ def open_data(args):
             paths, others = data.list_images(args.data)
         args.images, small = len(paths), RECIPES["small"]["batch_size"]
         way_out = (f"counted {' '.join(vit.SUFFIXES)} in it and below" if not paths else
-                   "--recipe small or " * (small <= args.images) + f"--batch-size {min(small, args.images)} fits")
+                   f"give --recipe small or --batch-size {small}" if small <= args.images else
+                   "give " + "--recipe small " * (args.batch_size > small) + f"--batch-size {args.images}")
     passed_over = [f"{n:,} {suffix}" for suffix, n in others.most_common(3)] + ["..."] * (len(others) > 3)
     found = counted(args.images, "image") + f" (passed over: {', '.join(passed_over)})" * bool(others)
     if args.images < args.batch_size:
