@@ -313,16 +313,18 @@ def open_data(args):
         way_out = (f"counted {' '.join(vit.SUFFIXES)} in it and below" if not paths else
                    f"give --recipe small or --batch-size {small}" if small <= args.images else
                    "give " + "--recipe small " * (args.batch_size > small) + f"--batch-size {args.images}")
-    passed_over = [f"{n:,} {suffix}" for suffix, n in others.most_common(3)] + ["..."] * (len(others) > 3)
-    found = counted(args.images, "image") + f" (passed over: {', '.join(passed_over)})" * bool(others)
+    most = [f"{n:,} {suffix}" for suffix, n in sorted(others.items(), key=lambda item: -item[1])[:3]]
+    passed_over = f" (passed over: {', '.join(most)}{', ...' * (len(others) > 3)})" * bool(others)
     if args.images < args.batch_size:
-        sys.exit(f"{args.data}: {found}, fewer than --batch-size {args.batch_size}; {way_out}")
+        sys.exit(f"{args.data}: {counted(args.images, 'image')}{passed_over}, fewer than --batch-size {args.batch_size}; "
+                 f"{way_out}")
     if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB
         return (torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)]),
                 "shapes, embedded; the paper's recipe needs --data DIR")
     # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
     args.fingerprint = checkpoint.fingerprint(os.path.commonpath(paths), paths)
-    return data.Pictures(paths), f"{args.data}, {found}; {nearest_recipe(args)}"
+    line = f"{args.data}, {counted(args.images, 'image')}{passed_over}; {nearest_recipe(args)}"
+    return data.Pictures(paths), line
 
 
 def open_folder(out, args, is_main):

@@ -543,7 +543,7 @@ def test_large_jpegs_are_decoded_smaller_and_their_crops_stay_what_they_are(tmp_
         gap = [(a.float() - b.float()).abs().mean().item() for a, b in zip(crops, expected, strict=True)]
         smaller += gap[0] > 0
         gaps.append(gap)
-    assert smaller and (np.mean(gaps, 0) < 1).all() and np.max(gaps) < 2
+    assert smaller and (np.mean(gaps, 0) < 2).all() and np.max(gaps) < 3
 
 
 @pytest.mark.parametrize("name, width, height, sizes", [
@@ -573,10 +573,10 @@ def test_a_picture_is_decoded_as_small_as_its_smallest_crop_allows():
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_a_jpeg_of_any_mode_comes_smaller(tmp_path, mode, n):
-    to_pil(picture(203, 301)).convert(mode).save(tmp_path / "a.jpg")
+    to_pil(picture(803, 1201)).convert(mode).save(tmp_path / "a.jpg")
     pictures = data.Pictures([str(tmp_path / "a.jpg")])
-    image, size = pictures.read(0, lambda height, width: n if (height, width) == (203, 301) else 0)
-    assert image.shape == (3, -(-203 // n), -(-301 // n)) and size == (203, 301)
+    image, size = pictures.read(0, lambda height, width: n if (height, width) == (803, 1201) else 0)
+    assert image.shape == (3, -(-803 // n), -(-1201 // n)) and size == (803, 1201)
     expected = F.interpolate(pictures[0].float()[None], image.shape[1:], mode="area")[0]
     assert (image.float() - expected).abs().mean() < 3
 
