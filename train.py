@@ -53,8 +53,8 @@ RECIPES = {
         teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, norm_last_layer=False,
         save_every=4, save_steps=200, log_every=50, workers=0,
     ),
-    # Own pictures on a CPU or an old GPU. At a lower rate and with a slower average than "shapes": of photographs that
-    # recipe learns less than it forgets.
+    # Own pictures on a CPU or an old GPU: a quarter of the rate and a slower average than "shapes", which are simpler
+    # than photographs. 1,475 steps, the 5 epochs of 9,469 pictures, take about 13 minutes of one core.
     "small": dict(
         arch="tiny", dim=96, depth=4, heads=3, patch_size=8, image_size=64, local_size=32, local_crops=4, drop_path=0.0,
         epochs=5, batch_size=32, lr=2e-3, min_lr=1e-6, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.1,
@@ -316,8 +316,8 @@ def open_data(args):
     most = [f"{n:,} {suffix}" for suffix, n in sorted(others.items(), key=lambda item: -item[1])[:3]]
     passed_over = f" (passed over: {', '.join(most)}{', ...' * (len(others) > 3)})" * bool(others)
     if args.images < args.batch_size:
-        sys.exit(f"{args.data}: {counted(args.images, 'image')}{passed_over}, fewer than --batch-size {args.batch_size}; "
-                 f"{way_out}")
+        sys.exit(f"{args.data}: {counted(args.images, 'image')}{passed_over}, fewer than --batch-size "
+                 f"{args.batch_size}; {way_out}")
     if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB
         return (torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)]),
                 "shapes, embedded; the paper's recipe needs --data DIR")

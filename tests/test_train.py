@@ -919,7 +919,7 @@ def test_log_carries_what_reveals_failure(uninterrupted):
     assert first["versions"]["torch"] == torch.__version__
     assert first["args"] == load(uninterrupted / "checkpoint.pt")["args"]
     wanted = {"step", "epoch", "loss", "loss_per_log_k", "entropy", "kl", "center", "grad_norm", "support", "lr", "wd",
-              "momentum", "images_per_s", "memory_gib", "eta_s"}
+              "momentum", "images_per_s", "memory_gib", "eta_s", "rank"}
     args = train.parse_args(LONG)
     for r in steps:
         assert wanted <= r.keys()
@@ -948,7 +948,7 @@ def test_log_lines_between_which_steps_lie(tmp_path, uninterrupted, monkeypatch)
     for before, r in zip([0, 1, 10, 16, 20, 30, 40], log, strict=True):
         step, last = r["step"], every[r["step"] - 1]
         assert r["loss"] == pytest.approx(np.mean([every[i]["loss"] for i in range(before, step)]), rel=1e-6)
-        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "center")    # of the step
+        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "rank", "center")    # of it
         assert {key: r[key] for key in same} == {key: last[key] for key in same}
         assert (r["epoch"], r["images_per_s"], r["eta_s"]) == (step / 16, 8, 48 - step)
 
@@ -970,6 +970,11 @@ def test_support_is_the_share_of_nonzero_weights(tmp_path):
         cross = -(p * F.log_softmax(logits.double() / 0.1, -1).flip(0)).sum(-1).mean().item()
         assert facts["loss"] == pytest.approx(cross, rel=1e-5)
         assert facts["kl"] == pytest.approx(facts["loss"] - facts["entropy"])
+        with torch.no_grad():
+            cls = model.teacher.backbone(views[0]).double()
+        share = torch.linalg.svdvals(cls - cls.mean(0)) ** 2
+        share = share[share > 1e-12] / share.sum()
+        assert facts["rank"] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
 
 
 def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
