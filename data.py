@@ -7,12 +7,14 @@ device; its random numbers, one row per crop, are drawn in the worker.
     B images per micro-batch, V views = 2 global + L local, S side in pixels (G of a global one), N crops of any kind
 """
 
+import collections
 import math
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
@@ -50,17 +52,34 @@ class MultiCrop:
         self.global_scale, self.local_scale = global_scale, local_scale
         self.kinds = ["global1", "global2"] + ["local"] * local_crops
 
-    def __call__(self, image, rng):
-        """uint8 (3, H, W) -> uint8 crops (2, 3, G, G) and (L, 3, S, S), draws (2 + L, 8); rng: numpy Generator."""
+    def __call__(self, image, rng, whole=None):
+        """uint8 (3, H, W) -> uint8 crops (2, 3, G, G) and (L, 3, S, S), draws (2 + L, 8); rng: numpy Generator.
 
-        def cut(size, scale):
-            box = crop_box(*image.shape[1:], scale, rng)
-            return resized_crop(image, *box, (size, size), InterpolationMode.BICUBIC, antialias=True)
-
-        large = torch.stack([cut(self.global_size, self.global_scale) for _ in range(2)])
-        small = [cut(self.local_size, self.local_scale) for _ in range(self.local_crops)]
+        whole: (height, width) of the picture that `image` is a smaller copy of; the boxes are drawn for that one.
+        """
+        whole = whole or image.shape[1:]
+        y, x = image.shape[1] / whole[0], image.shape[2] / whole[1]
+        crops = []
+        for size, (top, left, height, width) in self.boxes(*whole, rng):
+            top, bottom, left, right = (round(at) for at in (y * top, y * (top + height), x * left, x * (left + width)))
+            crops.append(resized_crop(image, top, left, bottom - top, right - left, (size, size),
+                                      InterpolationMode.BICUBIC, antialias=True))
+        large, small = torch.stack(crops[:2]), crops[2:]
         small = torch.stack(small) if small else large.new_empty(0, 3, self.local_size, self.local_size)
         return large, small, torch.from_numpy(np.stack([photometric_draws(kind, rng) for kind in self.kinds]))
+
+    def boxes(self, height, width, rng):
+        """[(side of the crop, its box in such a picture)], in the order of the views."""
+        cuts = [(self.global_size, self.global_scale)] * 2 + [(self.local_size, self.local_scale)] * self.local_crops
+        return [(size, crop_box(height, width, scale, rng)) for size, scale in cuts]
+
+    def divisor(self, height, width, rng):
+        """8, 4, 2 or 1: how much smaller such a picture may be decoded, and each crop that rng will cut still shrinks,
+        so that nothing is lost. ImageNet's usual 500 x 375 are too small for that at 224 px."""
+        if min(height, width) < 2 * self.global_size:               # spares small pictures the second draw
+            return 1
+        room = min(min(box[2:]) // size for size, box in self.boxes(height, width, rng))
+        return next(n for n in (8, 4, 2, 1) if n <= max(1, room))
 
     def photometric(self, large, small, draws, order=(0, 1, 2, 3)):
         """uint8 crops (B, 2, 3, G, G) and (B, L, 3, S, S), draws (B, V, 8) -> V normalised float views (B, 3, S, S).
@@ -219,13 +238,14 @@ def blur_by_matrix(x, sigma):
 # Files
 
 def list_images(root):
-    """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not; links count,
-    hidden files and folders (macOS' ._*, .ipynb_checkpoints, .Trash) do not."""
+    """Sorted paths of the pictures below a folder (its train/ if it has one), in class folders or not, and a Counter of
+    the suffixes of all other files; links count, hidden files and folders (macOS' ._*, .ipynb_checkpoints, .Trash) do
+    not."""
     def refuse(error):                                              # os.walk alone would pass over it in silence
         raise ValueError(f"{error.filename}: {error.strerror}; make it readable, or move it out of {root}")
 
     root = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
-    found, seen = [], set()
+    found, others, seen = [], collections.Counter(), set()
     for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:                                            # a loop of links, or the same folder twice
@@ -233,9 +253,12 @@ def list_images(root):
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if name[0] != ".")     # of two links every machine takes the same one
-        found += [os.path.join(folder, name) for name in names
-                  if name[0] != "." and name.lower().endswith(vit.SUFFIXES)]
-    return sorted(found)
+        for name in names:
+            if name[0] != "." and name.lower().endswith(vit.SUFFIXES):
+                found.append(os.path.join(folder, name))
+            elif name[0] != ".":
+                others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+    return sorted(found), others
 
 
 class Pictures:
@@ -254,8 +277,18 @@ class Pictures:
         return os.fsdecode(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
 
     def __getitem__(self, i):
-        pixels = np.array(vit.read_image(self.name(i)))             # (H, W, 3); the permuted view keeps channels last,
-        return torch.from_numpy(pixels).permute(2, 0, 1)            # which is torch's fast path for uint8 resizing
+        return self.read(i, lambda height, width: 1)[0]
+
+    def read(self, i, divisor):
+        """(picture i, (height, width) of its file): a JPEG comes smaller by the 1, 2, 4 or 8 of divisor(height, width),
+        which takes a fraction of the time."""
+        with Image.open(self.name(i)) as image:
+            width, height = image.size
+            n = divisor(height, width)
+            if n > 1:
+                image.draft(None, (width // n, height // n))        # leaves all formats but JPEG as they are
+            pixels = np.array(vit.to_rgb(image))                    # (H, W, 3); the permuted view keeps channels last,
+        return torch.from_numpy(pixels).permute(2, 0, 1), (height, width)   # torch's fast path for uint8 resizing
 
 
 class Crops(Dataset):
@@ -270,16 +303,22 @@ class Crops(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         candidates, failed = generator(REPLACEMENT, self.seed, epoch, i), []
-        image = None
+        image = whole = None
         while image is None:
             try:
-                image = self.source[i]
+                if isinstance(self.source, Pictures):
+                    image, whole = self.source.read(i, lambda *size: self.multicrop.divisor(*size, self.rng(key)))
+                else:
+                    image = self.source[i]
             except Exception:                                       # Pillow raises half a dozen types on broken files
                 failed.append(self.source.name(i))
                 i = int(candidates.integers(len(self.source)))
                 if len(failed) == 100:                              # hopeless: grey, until Reads stops the run
                     image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
-        return *self.multicrop(image, generator(CROPS, self.seed, *key)), failed
+        return *self.multicrop(image, self.rng(key), whole), failed
+
+    def rng(self, key):
+        return generator(CROPS, self.seed, *key)
 
 
 class Batches:
@@ -343,7 +382,8 @@ class Reads:
                 self.reported.add(name)
                 say(f"unreadable, replaced by another: {name} ({failed} of {total} reads so far)")
         self.fresh = []
-        if failed > 0.01 * total and (total >= 1000 or epoch_over):
+        many = len(self.reported) > 10 or failed > 0.1 * total      # a few of a few hundred pictures are no alarm
+        if many and failed > 0.01 * total and (total >= 1000 or epoch_over):
             raise ValueError(f"{min(self.reported)}: one of {counted(len(self.reported), 'unreadable file')}; {failed} "
                              f"of {total} reads failed, more than 1 %; mend or remove the files named above, then run "
                              "this again")

@@ -144,6 +144,18 @@ def all_gather(mine):
     return parts
 
 
+def effective_rank(features):
+    """(B, D) -> exp of the entropy of their variance spectrum, over the images of all processes: in how many directions
+    images differ. 1: in one or none; at most D, and one less than there are images."""
+    features = features.double()
+    centred = features - all_mean(features.mean(0))
+    covariance = all_mean(centred.T @ centred / len(features)).cpu()
+    if not covariance.isfinite().all():                             # eigvalsh would raise
+        return math.nan
+    variance = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    return entropy(variance / variance.sum().clamp_min(1e-300)).exp().item()
+
+
 def forward_crops(backbone, head, views):
     """V tensors (B, 3, S, S) -> (V, B, K) logits: one backbone call per run of equal sizes, one head call for all."""
     cls, start = [], 0
@@ -155,8 +167,9 @@ def forward_crops(backbone, head, views):
 
 
 def collapse(history, log_k):
-    """A warning where the last five log records sit in one of DINO's two collapses, else None. log_k: ln K."""
-    last = list(history)[-5:]
+    """A warning where the last five log records sit in one of DINO's two collapses, or in fewer directions than the
+    first one, else None. log_k: ln K."""
+    last = history[-5:]
     if len(last) < 5:
         return None
     if all(r["entropy"] < 1e-3 * log_k for r in last):
@@ -165,6 +178,9 @@ def collapse(history, log_k):
     if all(r["entropy"] > (1 - 1e-3) * log_k for r in last) or all(abs(r["loss"] / log_k - 1) < 1e-3 for r in last):
         return ("the loss sits at ln K: teacher or student is uniform. Try a lower --center-momentum or "
                 "--teacher-temp, a longer --warmup-epochs, a lower --lr, or --norm-last-layer")
+    if all(r["rank"] < 0.6 * history[0]["rank"] for r in last):     # it varies by a tenth among batches of 32
+        return (f"the effective rank of [CLS] is {last[-1]['rank']:.1f}, after {history[0]['rank']:.1f} at first: "
+                "images get alike. Try a lower --lr, a --momentum nearer 1, or --norm-last-layer")
     return None
 
 

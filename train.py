@@ -2,6 +2,7 @@
 
     torchrun train.py --attn entmax15                                       embedded shapes: 3 minutes on two CPU cores
     torchrun --nproc-per-node 8 train.py --attn entmax15 --data IMAGENET    the paper's: ViT-S/16, 200 epochs
+    python train.py --attn entmax15 --data PICTURES --recipe small          own pictures, on a CPU or an old GPU
 
 One process without torchrun, many with it, several nodes: the same code, and for the same --batch-size the same loss.
 Writes --out (default runs/<data>_<method>_s<seed>): checkpoint.pt (latest, complete), checkpoint_0000.pt ... (by
@@ -13,7 +14,6 @@ failure and starts the run again, unless the signal reached torchrun itself, as 
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,13 +38,13 @@ from data import counted
 from entmax import HAS_TRITON
 from shapes import FINGERPRINT, Shapes
 
-# What --data selects. "folder" is Caron et al.'s recipe for ViT-S/16 at the paper's 200 epochs (its own is unstated).
+# What --recipe selects. "paper" is Caron et al.'s for ViT-S/16 at the paper's 200 epochs (its own is unstated).
 RECIPES = {
-    "folder": dict(
+    "paper": dict(
         arch="small", patch_size=16, image_size=224, local_size=96, local_crops=8, drop_path=0.1,
         epochs=200, batch_size=1024, lr=5e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4,
         momentum=0.996, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, freeze_last_layer=1, center_momentum=0.9,
-        teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30,
+        teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=30, norm_last_layer=False,
         save_every=20, save_steps=500, log_every=50, workers=10,
     ),
     # In so short a run the centre must catch up before the learning rate does, or all images get nearly one output.
@@ -51,8 +52,17 @@ RECIPES = {
         dim=64, depth=4, heads=2, patch_size=8, image_size=64, local_size=32, local_crops=2, drop_path=0.0,
         epochs=24, batch_size=32, lr=8e-3, min_lr=1e-6, warmup_epochs=2, weight_decay=0.04, weight_decay_end=0.1,
         momentum=0.98, out_dim=512, hidden_dim=256, bottleneck_dim=64, freeze_last_layer=1, center_momentum=0.5,
-        teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
+        teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, norm_last_layer=False,
         save_every=4, save_steps=200, log_every=50, workers=0,
+    ),
+    # Own pictures on a CPU or an old GPU: a quarter of the rate and a slower average than "shapes", which are simpler
+    # than photographs. 1,475 steps, the 5 epochs of 9,469 pictures, take about 13 minutes of one core.
+    "small": dict(
+        arch="tiny", dim=96, depth=4, heads=3, patch_size=8, image_size=64, local_size=32, local_crops=4, drop_path=0.0,
+        epochs=5, batch_size=32, lr=2e-3, min_lr=1e-6, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.1,
+        momentum=0.99, out_dim=1024, hidden_dim=512, bottleneck_dim=128, freeze_last_layer=1, center_momentum=0.9,
+        teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, norm_last_layer=True,
+        save_every=1, save_steps=200, log_every=50, workers=2,
     ),
 }
 PATIENCE = 5                                                        # seconds in which all processes are asked to end
@@ -150,13 +160,12 @@ def train_step(run, micro_batches, multicrop, step, now, freeze_last_layer):
 def train(args, rank, world, device, stop):
     """The run, from the first line printed to the last checkpoint; `stop` fills with the signals that ask it to end."""
     is_main, out = rank == 0, Path(args.out)
-    source = open_data(args)
+    source, first_line = open_data(args)
     per_epoch = args.images // args.batch_size                      # the rest of an epoch is left out, as in DINO
     total = args.epochs * per_epoch
     _lock, resumed, start = open_folder(out, args, is_main)         # the lock is held until this function returns
     log = checkpoint.Log(out, is_main, start)
-    log.say("shapes, embedded; the paper's recipe needs --data DIR" if args.data == "shapes" else
-            f"{args.data}, {counted(args.images, 'image')}; the paper's recipe where no flag says otherwise")
+    log.say(first_line)
     if start == total:
         log.say(f"{out}: finished, {counted(args.epochs, 'epoch')} done; nothing to do. "
                 "Give another --out to train again")
@@ -175,6 +184,11 @@ def train(args, rank, world, device, stop):
             f"{counted(args.batch_size, 'image')} on {world} x {device.type}, peak lr "
             f"{args.lr * args.batch_size / 256:.3g}, amp {args.amp}, in {out}"
             + f", going on from step {start:,}" * (start > 0))
+    if args.data != "shapes" and total < 1000:
+        log.say(f"few steps; --epochs {math.ceil(1500 / per_epoch)} make the 1,500 in which recipe small was seen to "
+                "learn")
+    if device.type == "cpu" and (days := cpu_days(args, total, world)) > 1:
+        log.say(f"about {days:,.0f} days on this CPU, at 50 GFLOP/s a thread; --recipe small is made for one")
     check_kernel(run, world, device, log.say)
     if start == 0:
         save(run, out, 0, per_epoch)
@@ -203,20 +217,35 @@ def train(args, rank, world, device, stop):
             log.say(f"stopped by signal {asked[0]} after step {done}, saved; run the same command again to go on")
             sys.exit(128 + asked[0])
 
-    log.say(f"done: {out / 'checkpoint.pt'}; next: python probe_linear.py --knn --weights {out / 'checkpoint.pt'}")
+    log.say(f"done: {out / 'checkpoint.pt'}; next: {next_command(args, out / 'checkpoint.pt')}")
 
 
 @torch.no_grad()
 def diagnose(run, student, teacher, view, temp):
     """What reveals failure, of the last micro-batch, with the centre and teacher that the step left: loss, teacher
-    entropy and KL(teacher || student) in nats, centre norm, and the mean support of the teacher's last block: the share
-    of attention weights that are not zero."""
+    entropy and KL(teacher || student) in nats, centre norm, the mean support of the teacher's last block: the share of
+    attention weights that are not zero; and the effective rank of the teacher's [CLS]."""
     loss = run.loss(student, teacher, temp)
     entropy = dino.entropy(run.loss.targets(teacher, temp))         # loss = entropy + KL, pair by pair
     with checkpoint.autocast(view.device, run.args.amp):            # the precision that trains
         support = (run.teacher.backbone.attention(view[:16], -1) > 0).float().mean()
+        rank = dino.effective_rank(run.teacher.backbone(view))
     loss, entropy, kl, support = dino.all_mean(torch.stack([loss, entropy, loss - entropy, support])).tolist()
-    return dict(loss=loss, entropy=entropy, kl=kl, support=support, center=run.loss.center.norm().item())
+    return dict(loss=loss, entropy=entropy, kl=kl, support=support, rank=rank, center=run.loss.center.norm().item())
+
+
+def next_command(args, weights):
+    """What to run after training: a probe of the data that was trained on, or pictures where it has no classes."""
+    weights = shlex.quote(str(weights))
+    if args.data == "shapes":
+        return f"python probe_linear.py --knn --weights {weights}"
+    top = os.path.join(args.data, "train")
+    top, root = (top, args.data) if os.path.isdir(top) else (args.data, args.data)
+    if top != root and not os.path.isdir(os.path.join(root, "val")):
+        root = top
+    if sum(entry.is_dir() and entry.name[0] != "." for entry in os.scandir(top)) > 1:
+        return f"python probe_linear.py --knn --data folder --root {shlex.quote(root)} --weights {weights}"
+    return f"python -m paper.figures pca --weights {weights} --images FILE ..."
 
 
 # ------------------------------------------------------------------------------------------- set-up
@@ -259,23 +288,50 @@ def check_kernel(run, world, device, say):
         leave_out_kernel(run.student, run.teacher)
 
 
+def cpu_days(args, steps, world):
+    """Days of so many steps on this CPU, at 50 GFLOP/s a thread: 2 FLOP per weight and token, twice more backward."""
+    c = args.config
+    large, small = (1 + c.registers + (side // c.patch_size) ** 2 for side in (args.image_size, args.local_size))
+    flop = 12 * c.depth * c.dim**2 * (2 * large * (6 + 2) + args.local_crops * small * 6)   # of student and teacher
+    return flop * args.batch_size * steps / (50e9 * torch.get_num_threads() * world) / 86400
+
+
+def nearest_recipe(args):
+    """'recipe small, but for --epochs 9': the row of RECIPES from which `args` differ least, and in what."""
+    names = sorted({name for row in RECIPES.values() for name in row} - {*checkpoint.MAY_CHANGE})
+    differing = {recipe: {name: getattr(args, name) for name in names if getattr(args, name) != row.get(name)}
+                 for recipe, row in RECIPES.items()}
+    recipe = min(differing, key=lambda recipe: len(differing[recipe]))
+    flags = [" ".join(words) for words in checkpoint.as_flags(differing[recipe]).values() if words]
+    return f"recipe {recipe}" + ", but for " * bool(flags) + " ".join(flags[:8]) + " ..." * (len(flags) > 8)
+
+
 def open_data(args):
-    """The images of --data; what tells them from others goes to args, and so into the checkpoint."""
+    """(the images of --data, a line about them); what tells them from others goes to args, and so into the
+    checkpoint."""
     if args.data == "shapes":
-        args.images, args.fingerprint, way_out = args.length, FINGERPRINT, "raise --length"
+        args.images, args.fingerprint, others, way_out = args.length, FINGERPRINT, {}, "raise --length"
     elif not os.path.isdir(args.data):
         sys.exit(f"{args.data}: no such folder; --data takes a folder of images, or shapes")
     else:
         with checkpoint.one_line(args.data):
-            paths = data.list_images(args.data)
-        args.images, way_out = len(paths), f"counted {' '.join(vit.SUFFIXES)} in it and below"
+            paths, others = data.list_images(args.data)
+        args.images, small = len(paths), RECIPES["small"]["batch_size"]
+        way_out = (f"counted {' '.join(vit.SUFFIXES)} in it and below" if not paths else
+                   f"give --recipe small or --batch-size {small}" if small <= args.images else
+                   "give " + "--recipe small " * (args.batch_size > small) + f"--batch-size {args.images}")
+    most = [f"{n:,} {suffix}" for suffix, n in sorted(others.items(), key=lambda item: -item[1])[:3]]
+    passed_over = f" (passed over: {', '.join(most)}{', ...' * (len(others) > 3)})" * bool(others)
     if args.images < args.batch_size:
-        sys.exit(f"{args.data}: {counted(args.images, 'image')}, fewer than --batch-size {args.batch_size}; {way_out}")
+        sys.exit(f"{args.data}: {counted(args.images, 'image')}{passed_over}, fewer than --batch-size "
+                 f"{args.batch_size}; {way_out}")
     if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB
-        return torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)])
+        return (torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)]),
+                "shapes, embedded; the paper's recipe needs --data DIR")
     # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
     args.fingerprint = checkpoint.fingerprint(os.path.commonpath(paths), paths)
-    return data.Pictures(paths)
+    line = f"{args.data}, {counted(args.images, 'image')}{passed_over}; {nearest_recipe(args)}"
+    return data.Pictures(paths), line
 
 
 def open_folder(out, args, is_main):
@@ -309,7 +365,7 @@ class Meter:
 
     def __init__(self, log, args, per_epoch):
         self.log, self.args, self.per_epoch = log, args, per_epoch
-        self.history, self.warned = collections.deque(maxlen=5), None
+        self.history, self.warned = [], None
         self.loss_sum, self.steps, self.clock = 0, 0, time.perf_counter()
 
     def add(self, loss):
@@ -442,19 +498,23 @@ def leaves(rank, world, start, done, loss):
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in dict(data="shapes", arch=None, resume=None).items():
+    for name, default in dict(data="shapes", recipe=None, arch=None, resume=None).items():
         first.add_argument(checkpoint.flag(name), default=default)
     choice = first.parse_known_args(argv)[0]
     if choice.resume is not None:
         with checkpoint.one_line(choice.resume):
             argv = [*checkpoint.flags_of_run(choice.resume), *(sys.argv[1:] if argv is None else argv)]
         choice = first.parse_known_args(argv)[0]
-    recipe = dict(RECIPES["shapes" if choice.data == "shapes" else "folder"])
+    by_data = "shapes" if choice.data == "shapes" else "paper"
+    recipe = dict(RECIPES.get(choice.recipe, RECIPES[by_data]))     # what is no name of one is refused below
+    recipe["workers"] = min(recipe["workers"], cores())
     if choice.arch:                                                 # it stands for these three
         recipe = {name: value for name, value in recipe.items() if name not in ("dim", "depth", "heads")}
 
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--recipe", choices=list(RECIPES), default=by_data, help="gives all defaults; without it shapes for "
+                   "--data shapes, and paper for a folder; small: own pictures on a CPU or an old GPU")
     # data
     p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images, without its hidden ones")
     p.add_argument("--length", type=int, default=2000, help="scenes in the embedded data set")
@@ -478,7 +538,7 @@ def parse_args(argv=None):
     p.add_argument("--out-dim", type=int, help="prototypes K")
     p.add_argument("--hidden-dim", type=int, help="width of the head's MLP")
     p.add_argument("--bottleneck-dim", type=int, help="width before the prototypes")
-    p.add_argument("--norm-last-layer", action="store_true", help="keep the prototypes at length 1")
+    p.add_argument("--norm-last-layer", action=argparse.BooleanOptionalAction, help="keep the prototypes at length 1")
     p.add_argument("--student-temp", type=float, default=0.1, help="student temperature")
     p.add_argument("--teacher-temp", type=float, help="teacher temperature after warm-up; above 0.07 is often unstable")
     p.add_argument("--warmup-teacher-temp", type=float, help="teacher temperature at the start")
@@ -511,9 +571,18 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.resume not in (None, args.out):
         p.error(f"--resume {args.resume} goes on in that folder; drop --out {args.out}")
-    del args.resume
+    if args.resume is not None and choice.recipe:
+        p.error(f"--resume {args.resume} goes on with the values of that run; drop --recipe {choice.recipe}")
+    del args.resume, args.recipe                                    # what they stand for is in all the others
     check_args(p, args)
     return args
+
+
+def cores():
+    """CPU cores that this process may use, shared with the others that torchrun starts here."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, mine // max(1, int(beside))) if beside.isdecimal() else mine
 
 
 def check_args(p, args):

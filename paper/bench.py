@@ -5,6 +5,7 @@
     python -m paper.bench attention         fused and eager entmax attention against scaled_dot_product_attention
     python -m paper.bench step --data ANY   a training step of either map; flags of train.py, no picture is read
     python -m paper.bench data --data DIR   is it the loader or the step that limits training, and what would help
+    python -m paper.bench data --pixels 4000 3000      the same for photographs as a camera makes them
 
 Every variant of a case takes its turn in every round. Given are medians over the rounds, the quartiles low and high,
 and the median ratio to the baseline of the same round, since what slows the machine for a moment slows all alike.
@@ -12,6 +13,7 @@ Memory: `kept` is what backward needs beyond the inputs, `peak` the most that is
 """
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -19,6 +21,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,6 +52,8 @@ def parse_args(argv):
     p.add_argument("what", choices=["check", "operator", "attention", "step", "data"])
     p.add_argument("--repeats", type=int, default=25, help="rounds; fewer of step and data")
     p.add_argument("--compiled", action="store_true", help="also what torch.compile makes of operator and attention")
+    p.add_argument("--pixels", type=int, nargs=2, default=[500, 375], metavar=("WIDTH", "HEIGHT"), help="data: of the "
+                   "pictures that are drawn where no --data is given; ImageNet's usual. A camera's: 4000 3000")
     p.add_argument("--profile", action="store_true", help="step: where the time of one step goes")
     p.add_argument("--out", help="also write the numbers to this file, as JSON")
     args, rest = p.parse_known_args(argv)
@@ -303,24 +308,30 @@ def published_pipeline(args):
     return lambda image: [f(image) for f in views]
 
 
-def draw_jpegs(folder, count=64):
-    """Pictures of ImageNet's usual 500 x 375 pixels and 110 kB, for who has no folder at hand."""
+def draw_jpegs(folder, count=64, pixels=(500, 375)):
+    """Pictures of ImageNet's usual 500 x 375 pixels and 110 kB, for who has no folder at hand; 4000 x 3000 have 5 MB.
+    Of large ones a few are drawn, and copied."""
+    distinct = max(4, 2**24 // (pixels[0] * pixels[1]))
     for i in range(count):
+        if i >= distinct:
+            shutil.copyfile(Path(folder, f"{i % distinct:03d}.jpg"), Path(folder, f"{i:03d}.jpg"))
+            continue
         rng = np.random.default_rng(i)
-        pixels = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (n * 3 // 4, n, 3), dtype=np.uint8)).resize(
-            (500, 375), Image.Resampling.BICUBIC), float) * share for n, share in ((8, 0.5), (40, 0.3), (300, 0.2)))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(Path(folder, f"{i:03d}.jpg"), quality=92)
+        x = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (n * 3 // 4, n, 3), dtype=np.uint8)).resize(
+            pixels, Image.Resampling.BICUBIC), float) * share
+            for n, share in ((8, 0.5), (40, 0.3), (3 * pixels[0] // 5, 0.2)))
+        Image.fromarray(x.clip(0, 255).astype(np.uint8)).save(Path(folder, f"{i:03d}.jpg"), quality=92)
 
 
 def bench_data(args, rest, device):
     with tempfile.TemporaryDirectory() as folder:
         settings = train.parse_args(["--data", folder, "--batch-size", "32", *rest])      # what is given comes last
         if settings.data == folder:
-            print("no --data: pictures of 500 x 375 are drawn for it")
-            draw_jpegs(folder)
+            print(f"no --data: pictures of {args.pixels[0]} x {args.pixels[1]} are drawn for it")
+            draw_jpegs(folder, pixels=args.pixels)
         if settings.data == "shapes":
             sys.exit("shapes: its scenes are in memory, there is nothing to load; give --data DIR, or leave --data out")
-        source = train.open_data(settings)
+        source, _ = train.open_data(settings)
         multicrop = data.MultiCrop(settings.image_size, settings.local_size, settings.local_crops,
                                    settings.global_scale, settings.local_scale)
         rows = per_core(settings, source, multicrop, max(5, args.repeats // 3))
@@ -332,16 +343,17 @@ def per_core(settings, source, multicrop, repeats):
     """Rows: images/s of one core, of what a worker does, and with the colours, which run where the model does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    crops, published = data.Crops(source, multicrop, settings.seed), published_pipeline(settings)
-    n, turn = min(16, len(source)), iter(range(10**9))
+    whole = copy.copy(multicrop)
+    whole.divisor = lambda height, width, rng: 1
+    published, n, turn = published_pipeline(settings), min(16, len(source)), iter(range(10**9))
 
     def pillow():
         first = next(turn)
         for i in range(n):
             published(vit.read_image(source.name((first + i) % len(source))))
 
-    def worker():
-        first = next(turn)
+    def worker(multicrop=multicrop):
+        first, crops = next(turn), data.Crops(source, multicrop, settings.seed)
         return data.collate([crops[0, (first + i) % len(source)] for i in range(n)])[:-1]
 
     def worker_and_colours():
@@ -351,6 +363,8 @@ def per_core(settings, source, multicrop, repeats):
     for case, ours in (("decode and crops, the worker's part", worker), ("and colours on the same core",
                                                                         worker_and_colours)):
         variants = {"published pipeline": pillow, "here": ours}
+        if ours == worker:                                            # as if no JPEG could come smaller
+            variants["here, decoded whole"] = functools.partial(worker, whole)
         rows += compare(case, variants, "published pipeline", repeats, torch.device("cpu"))
     torch.set_num_threads(threads)
     return [dict(case=row["case"], variant=row["variant"], images_per_s=1e3 * n / row["ms"], low=1e3 * n / row["high"],

@@ -97,7 +97,8 @@ def test_doctor(tmp_path, capsys, photos, workers, verdict):
                 "--out", str(tmp_path / "numbers.json")])
     *rows, doctor = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert verdict in doctor["verdict"] and doctor["verdict"] in capsys.readouterr().out
-    assert [row["variant"] for row in rows] == ["published pipeline", "here"] * 2
+    assert [row["variant"] for row in rows] == ["published pipeline", "here", "here, decoded whole",
+                                                "published pipeline", "here"]
     assert min(doctor["loader"], doctor["step"], doctor["both"]) > 0
 
 

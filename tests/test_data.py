@@ -373,13 +373,14 @@ def tree(tmp_path):
 
 def test_images_are_found_in_train_at_any_depth(tree):
     root, readable, broken = tree
-    assert data.list_images(str(root)) == sorted([*readable, *broken])
+    assert data.list_images(str(root)) == (sorted([*readable, *broken]), {".txt": 1})
 
 
 def test_flat_folder_without_train(tmp_path):
     for name in ("b.png", "a.jpeg", "c.txt", "d"):
         (tmp_path / name).touch()
-    assert data.list_images(str(tmp_path)) == [str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")]
+    assert data.list_images(str(tmp_path)) == ([str(tmp_path / "a.jpeg"), str(tmp_path / "b.png")],
+                                               {".txt": 1, "without suffix": 1})
 
 
 def test_hidden_files_and_folders_are_no_pictures(tmp_path):
@@ -388,7 +389,7 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     root = tmp_path / ".cache/set"                                  # what lies above the folder does not matter
-    assert data.list_images(str(root)) == [str(root / "a/x.png")]
+    assert data.list_images(str(root)) == ([str(root / "a/x.png")], {})
 
 
 def test_loops_of_links_end_and_links_count(tmp_path):
@@ -400,7 +401,7 @@ def test_loops_of_links_end_and_links_count(tmp_path):
     (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/z.png").symlink_to(tmp_path / "set/a/x.png")
-    found = [os.path.relpath(path, tmp_path / "set") for path in data.list_images(str(tmp_path / "set"))]
+    found = [os.path.relpath(path, tmp_path / "set") for path in data.list_images(str(tmp_path / "set"))[0]]
     assert found == ["a/x.png", "again/y.png", "z.png"]             # elsewhere once, under the first of its names
 
 
@@ -425,7 +426,7 @@ def test_every_readable_file_can_be_cropped(tree):
 
 def test_unreadable_file_gives_way_to_another_by_seed_epoch_and_index(tree):
     root, readable, broken = tree
-    paths = data.list_images(str(root))
+    paths, _ = data.list_images(str(root))
 
     def item(seed, epoch, path):
         return data.Crops(data.Pictures(paths), MultiCrop(32, 16, 2), seed)[epoch, paths.index(path)]
@@ -466,8 +467,12 @@ def test_each_unreadable_file_is_reported_once():
     (900, 100, False, True),
     (990, 10, True, False),                                         # 1 % is not more than 1 %
     (989, 11, False, True),
-    (30, 1, False, False),
-    (30, 1, True, True),                                            # small folders are judged after an epoch
+    (30, 4, False, False),
+    (30, 4, True, True),                                            # small folders are judged after an epoch
+    (30, 3, True, False),                                           # and a few files of theirs are no alarm
+    (280, 3, True, False),
+    (280, 10, True, False),
+    (280, 11, True, True),
 ])
 def test_run_stops_when_more_than_one_percent_of_reads_fail(good, bad, epoch_over, stops):
     reads = data.Reads()
@@ -512,3 +517,76 @@ def test_an_epoch_is_a_permutation_and_the_next_one_another():
 def test_order_goes_on_from_any_step(start):
     assert order(45, 12, start=start) == order(45, 12)[start:]
     assert order(45, 12, 1, 2, 2, start=start) == order(45, 12, 1, 2, 2)[2 * start:]
+
+
+# ---- photographs larger than their crops need
+
+def photograph(path, width, height, **options):
+    to_pil(picture(height, width)).save(path, **options)
+    return data.Pictures([str(path)])
+
+
+def whole(pictures, multicrop, key, seed=0):
+    """What `Crops` gives of picture 0, cut from all of its pixels."""
+    return multicrop(from_pil(vit.read_image(pictures.name(0))), np.random.default_rng((data.CROPS, seed, *key)))
+
+
+@pytest.mark.parametrize("width, height, sizes", [(1600, 1200, (64, 32, 4)), (1203, 1597, (64, 32, 2)),
+                                                  (1600, 1200, (224, 96, 2))])
+def test_large_jpegs_are_decoded_smaller_and_their_crops_stay_what_they_are(tmp_path, width, height, sizes):
+    pictures, multicrop = photograph(tmp_path / "a.jpg", width, height, quality=92), MultiCrop(*sizes)
+    gaps, smaller = [], 0
+    for epoch in range(8):
+        *crops, draws, failed = data.Crops(pictures, multicrop, 0)[epoch, 0]
+        *expected, same = whole(pictures, multicrop, (epoch, 0))
+        assert torch.equal(draws, same) and not failed
+        gap = [(a.float() - b.float()).abs().mean().item() for a, b in zip(crops, expected, strict=True)]
+        smaller += gap[0] > 0
+        gaps.append(gap)
+    assert smaller and (np.mean(gaps, 0) < 2).all() and np.max(gaps) < 3
+
+
+@pytest.mark.parametrize("name, width, height, sizes", [
+    ("a.jpg", 500, 375, (224, 96, 8)), ("a.jpg", 447, 900, (224, 96, 1)), ("a.png", 1200, 900, (64, 32, 2))])
+def test_small_pictures_and_other_formats_keep_every_bit(tmp_path, name, width, height, sizes):
+    pictures, multicrop = photograph(tmp_path / name, width, height), MultiCrop(*sizes)
+    for epoch in range(6):
+        crops = data.Crops(pictures, multicrop, 3)[epoch, 0][:3]
+        assert all(torch.equal(a, b) for a, b in zip(crops, whole(pictures, multicrop, (epoch, 0), 3), strict=True))
+
+
+def test_a_picture_is_decoded_as_small_as_its_smallest_crop_allows():
+    """By the boxes themselves, drawn once more: twice smaller, one of them would be enlarged."""
+    seen = set()
+    for s in range(300):
+        height, width = (int(x) for x in np.random.default_rng(s).integers(60, 2000, 2))
+        multicrop, rng = MultiCrop(64, 16, 3), np.random.default_rng(s)
+        n, room = multicrop.divisor(height, width, np.random.default_rng(s)), []
+        for size, scale in [(64, (0.4, 1))] * 2 + [(16, (0.05, 0.4))] * 3:
+            room.append(min(crop_box(height, width, scale, rng)[2:]) / size)
+        assert n == 1 or n <= min(room)
+        assert n == 8 or 2 * n > min(room)
+        seen.add(n)
+    assert seen == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_a_jpeg_of_any_mode_comes_smaller(tmp_path, mode, n):
+    to_pil(picture(803, 1201)).convert(mode).save(tmp_path / "a.jpg")
+    pictures = data.Pictures([str(tmp_path / "a.jpg")])
+    image, size = pictures.read(0, lambda height, width: n if (height, width) == (803, 1201) else 0)
+    assert image.shape == (3, -(-803 // n), -(-1201 // n)) and size == (803, 1201)
+    expected = F.interpolate(pictures[0].float()[None], image.shape[1:], mode="area")[0]
+    assert (image.float() - expected).abs().mean() < 3
+
+
+def test_a_broken_large_jpeg_gives_way_too(tmp_path):
+    photograph(tmp_path / "a.jpg", 800, 600)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:9000])
+    paths, _ = data.list_images(str(tmp_path))
+    crops = data.Crops(data.Pictures(paths), MultiCrop(64, 32, 1), 0)
+    *replaced, failed = crops[0, 1]
+    assert set(failed) == {paths[1]} and replaced[0].shape == (2, 3, 64, 64)
+    boxes = MultiCrop(64, 32, 1)(from_pil(vit.read_image(paths[0])), np.random.default_rng((data.CROPS, 0, 0, 1)))
+    assert (replaced[0].float() - boxes[0].float()).abs().mean() < 2        # cut as item 1, from picture 0

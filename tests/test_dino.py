@@ -392,3 +392,56 @@ def test_equal_teacher_keeps_every_bit():
     for momentum in (0.996, 0.9973, 0.3):
         dino.ema_update(teacher, student, momentum)
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+
+
+# ---- in how many directions images differ
+
+def directions(*variances):
+    """Features of 2 n images with just these variances, one along each axis of a turned basis, and a mean."""
+    axes = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0][:len(variances)]
+    n = len(variances)
+    steps = axes * (n * torch.tensor(variances, dtype=torch.float64)[:, None]).sqrt()
+    return torch.cat([steps, -steps]) + 3
+
+
+@pytest.mark.parametrize("variances, rank", [
+    ((1, 1, 1, 1), 4), ((5, 5), 2), ((2,), 1),
+    ((0.5, 0.25, 0.25), 2**1.5),                                    # exp(1/2 ln 2 + 2/4 ln 4)
+])
+def test_effective_rank_by_hand(variances, rank):
+    assert dino.effective_rank(directions(*variances)) == pytest.approx(rank, rel=1e-9)
+    assert dino.effective_rank(100 * directions(*variances).float()) == pytest.approx(rank, rel=1e-4)
+
+
+def test_effective_rank_of_equal_images_is_1_and_of_no_numbers_none():
+    assert dino.effective_rank(torch.full((4, 8), 0.1)) == 1
+    assert math.isnan(dino.effective_rank(torch.full((4, 8), math.nan)))
+
+
+def half_of_the_features(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    features = torch.load(f"{folder}/features.pt")
+    torch.save(dino.effective_rank(features[rank::2]), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_effective_rank_of_all_images(tmp_path):
+    features = torch.randn(16, 12).cumsum(1)
+    torch.save(features, tmp_path / "features.pt")
+    torch.multiprocessing.spawn(half_of_the_features, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}.pt") == pytest.approx(dino.effective_rank(features), rel=1e-9)
+
+
+@pytest.mark.parametrize("ranks, warns", [
+    ([7.0, 6.0, 5.0, 4.1, 4.0, 3.9, 3.8, 3.5], True),
+    ([7.0, 6.0, 5.0, 4.1, 4.0, 3.9, 4.3, 3.5], False),              # 0.6 of 7.0 is 4.2
+    ([2.0, 1.5, 2.5, 3.0, 4.0, 2.0, 1.9, 1.8], False),
+    ([7.0, 3.0, 3.0, 3.0, 3.0], False),                             # too early to tell
+    ([7.0, 3.0, 3.0, 3.0, 3.0, 3.0], True),
+])
+def test_a_fall_of_the_effective_rank_is_called_by_name(ranks, warns):
+    warning = dino.collapse([dict(loss=2.0, entropy=1.0, rank=rank) for rank in ranks], math.log(64))
+    assert warns == (warning is not None)
+    if warns:
+        assert f"effective rank of [CLS] is {ranks[-1]}, after 7.0" in warning and "--lr" in warning

@@ -209,7 +209,7 @@ def test_arch_gives_width_depth_and_heads_and_each_can_be_overridden():
 def scenes(size, length):
     """The embedded data set, as train.py sees it."""
     flags = f"--patch-size 8 --image-size {size} --batch-size {length} --length {length}"
-    return train.open_data(train.parse_args(flags.split()))
+    return train.open_data(train.parse_args(flags.split()))[0]
 
 
 def test_pretraining_sees_the_train_scenes():
@@ -919,7 +919,7 @@ def test_log_carries_what_reveals_failure(uninterrupted):
     assert first["versions"]["torch"] == torch.__version__
     assert first["args"] == load(uninterrupted / "checkpoint.pt")["args"]
     wanted = {"step", "epoch", "loss", "loss_per_log_k", "entropy", "kl", "center", "grad_norm", "support", "lr", "wd",
-              "momentum", "images_per_s", "memory_gib", "eta_s"}
+              "momentum", "images_per_s", "memory_gib", "eta_s", "rank"}
     args = train.parse_args(LONG)
     for r in steps:
         assert wanted <= r.keys()
@@ -948,7 +948,7 @@ def test_log_lines_between_which_steps_lie(tmp_path, uninterrupted, monkeypatch)
     for before, r in zip([0, 1, 10, 16, 20, 30, 40], log, strict=True):
         step, last = r["step"], every[r["step"] - 1]
         assert r["loss"] == pytest.approx(np.mean([every[i]["loss"] for i in range(before, step)]), rel=1e-6)
-        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "center")    # of the step
+        same = ("lr", "wd", "momentum", "temp", "grad_norm", "entropy", "kl", "support", "rank", "center")    # of it
         assert {key: r[key] for key in same} == {key: last[key] for key in same}
         assert (r["epoch"], r["images_per_s"], r["eta_s"]) == (step / 16, 8, 48 - step)
 
@@ -970,6 +970,11 @@ def test_support_is_the_share_of_nonzero_weights(tmp_path):
         cross = -(p * F.log_softmax(logits.double() / 0.1, -1).flip(0)).sum(-1).mean().item()
         assert facts["loss"] == pytest.approx(cross, rel=1e-5)
         assert facts["kl"] == pytest.approx(facts["loss"] - facts["entropy"])
+        with torch.no_grad():
+            cls = model.teacher.backbone(views[0]).double()
+        share = torch.linalg.svdvals(cls - cls.mean(0)) ** 2
+        share = share[share > 1e-12] / share.sum()
+        assert facts["rank"] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
 
 
 def test_log_drops_what_lies_after_the_checkpoint(tmp_path, capsys):
@@ -1005,7 +1010,7 @@ def test_first_line_names_the_data_and_the_papers_recipe(tmp_path, capsys):
     (dict(loss=0.5 * math.log(64), entropy=0.9 * math.log(64)), None),
 ])
 def test_collapse_is_called_by_name(record, sign):
-    healthy = dict(loss=2.0, entropy=1.0)
+    healthy, record = dict(loss=2.0, entropy=1.0, rank=3.0), dict(record, rank=3.0)
     warning = dino.collapse([healthy] * 3 + [record] * 5, math.log(64))
     assert sign in warning and "--" in warning if sign else warning is None
     assert dino.collapse([record] * 4, math.log(64)) is None       # too early to tell
@@ -1328,3 +1333,106 @@ def test_a_signal_between_two_looks_is_saved_before_the_process_leaves(tmp_path,
     assert stopped.value.code == 128 + signal.SIGTERM
     step = load(tmp_path / "checkpoint.pt")["step"]
     assert step > 0 and f"stopped by signal 15 after step {step}, saved" in capsys.readouterr().out
+
+
+# ---- own pictures
+
+SMALL = "--recipe small --image-size 32 --local-size 16 --depth 2 --batch-size 8".split()
+
+
+def test_recipes_set_all_defaults_and_give_way_to_flags():
+    """Which row holds: the one that is named, else that of the data."""
+    def facts(*flags):
+        args = train.parse_args(list(flags))
+        return args.out_dim, args.arch, args.dim, args.norm_last_layer
+
+    paper, small, embedded = (65536, "small", None, False), (1024, "tiny", 96, True), (512, None, 64, False)
+    assert facts("--data", "DIR") == facts("--data", "DIR", "--recipe", "paper") == paper
+    assert facts() == facts("--recipe", "shapes") == embedded
+    assert facts("--data", "DIR", "--recipe=small") == facts("--recipe", "small") == small
+    assert facts("--recipe", "small", "--arch", "base", "--no-norm-last-layer") == (1024, "base", None, False)
+    assert len({tuple(sorted(row.keys() - {"arch", "dim", "depth", "heads"})) for row in train.RECIPES.values()}) == 1
+    assert "recipe" not in vars(train.parse_args(["--recipe", "small"]))    # runs of before it have no such argument
+
+
+def test_help_shows_the_values_of_the_recipe(capsys):
+    for flags, lr in (([], "0.008"), (["--data", "DIR"], "0.0005"), (["--data", "DIR", "--recipe", "small"], "0.002")):
+        with pytest.raises(SystemExit):
+            train.parse_args([*flags, "--help"])
+        assert f"peak learning rate per 256 images (default: {lr})" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("mine, beside, workers", [({0}, "", 1), (set(range(6)), "", 6), (set(range(64)), "", 10),
+                                                   (set(range(6)), "2", 3), ({0}, "4", 1)])
+def test_no_more_loaders_than_cores(monkeypatch, mine, beside, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mine, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+    assert train.parse_args(["--data", "DIR"]).workers == workers
+    assert train.parse_args(["--data", "DIR", "--workers", "12"]).workers == 12
+    assert train.parse_args([]).workers == 0
+
+
+def draw_classes(root, *counts):
+    for name, n in zip("abc", counts, strict=False):
+        draw_folder(root / name, n, 0)
+    return root
+
+
+def test_own_pictures_from_first_line_to_next_command(tmp_path, capsys):
+    """One bad file, some that are passed over; the run goes on without --recipe, by the flags it holds."""
+    root, out = draw_classes(tmp_path / "my pictures", 9, 8), tmp_path / "run"
+    (root / "a/bad.jpg").write_text("no picture")
+    for name in ("a/1.heic", "2.HEIC", "3.mov", "4", ".DS_Store"):
+        (root / name).touch()
+    flags = [*SMALL, "--epochs", "2", "--data", str(root), "--workers", "0", "--log-every", "1"]
+    run(out, *flags, base=[])
+    text = capsys.readouterr().out
+    first, _, few, *_, last = text.splitlines()
+    assert first == (f"{root}, 18 images (passed over: 2 .heic, 1 .mov, 1 without suffix); recipe small, but for "
+                     "--batch-size 8 --depth 2 --epochs 2 --image-size 32 --local-size 16")
+    assert few.startswith("few steps; --epochs 750 make the 1,500 ") and text.count("unreadable") == 1
+    assert last == (f"done: {out}/checkpoint.pt; next: python probe_linear.py --knn --data folder --root "
+                    f"'{root}' --weights {out}/checkpoint.pt")
+    for again in (["--resume", str(out)], [*flags, "--out", str(out)]):
+        train.main(again)
+        assert "finished, 2 epochs done" in capsys.readouterr().out
+    assert exits(["--resume", out, "--recipe", "small"]) == (2, "")
+    assert "drop --recipe small" in capsys.readouterr().err
+    assert all(1 <= r["rank"] <= 7 for r in records(out))           # eight images differ in seven directions at most
+
+
+@pytest.mark.parametrize("folders, given, proposed", [
+    ("a b", "", "--data folder --root {}"), ("train/a train/b", "", "--data folder --root {}/train"),
+    ("train/a train/b val/a", "", "--data folder --root {}"), ("train/a train/b val/a", "train", "--root {}"),
+    ("a .b", "", "figures pca"), ("", "", "figures pca"), ("train/a val/a val/b", "", "figures pca")])
+def test_the_next_command_fits_the_folder(tmp_path, folders, given, proposed):
+    for name in folders.split():
+        (tmp_path / "set" / name).mkdir(parents=True)
+    (tmp_path / "set").mkdir(exist_ok=True)
+    args = types.SimpleNamespace(data=str(tmp_path / "set" / given).rstrip("/"))
+    command = train.next_command(args, Path("runs/x y/checkpoint.pt"))
+    assert proposed.format(args.data) + " --weights 'runs/x y/checkpoint.pt'" in command
+
+
+@pytest.mark.parametrize("images, flags, way_out", [
+    (40, "", "40 images, fewer than --batch-size 1024; give --recipe small or --batch-size 32"),
+    (5, "", "5 images, fewer than --batch-size 1024; give --recipe small --batch-size 5"),
+    (5, "--recipe small", "5 images, fewer than --batch-size 32; give --batch-size 5"),
+    (0, "--recipe small", "0 images (passed over: 1 .heic), fewer than --batch-size 32; counted .jpg"),
+])
+def test_too_few_images_name_the_way_out(tmp_path, images, flags, way_out):
+    root = draw_folder(tmp_path / "set", images, 0)
+    if not images:
+        (root / "x.heic").touch()
+    status, text = exits(["--data", root, *flags.split()])
+    assert status == 1 and text.startswith(f"{root}: {way_out}") and not os.path.exists("runs")
+
+
+def test_the_first_lines_say_what_a_cpu_costs():
+    """ViT-S/16 by hand: 12 blocks of 12 x 384 x 384 weights, 197 and 37 tokens, 1.28 million images, 200 epochs."""
+    args, steps = train.parse_args(["--data", "DIR"]), 250_000
+    tokens = 2 * 197 * 6 + 8 * 37 * 6 + 2 * 197 * 2
+    days = 12 * 12 * 384**2 * tokens * 1024 * steps / 50e9 / 86400  # with one thread
+    assert train.cpu_days(args, steps, 1) == pytest.approx(days) and days > 6000
+    assert train.cpu_days(args, steps, 4) == pytest.approx(days / 4)
+    assert train.cpu_days(train.parse_args(["--recipe", "small"]), 1475, 1) < 1 / 24
