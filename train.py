@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import itertools
 import math
@@ -317,7 +316,8 @@ class Meter:
         peak_gib = torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else peak_memory() / 2**30
         record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=self.steps * args.batch_size / seconds,
                        memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps, bad_files=bad_files)
-        self.log.record(record, as_line(record, args, total))
+        end_of_epoch = done // self.per_epoch > (done - self.steps) // self.per_epoch       # since the last line
+        self.log.record(record, as_line(record, args.epochs), stays=end_of_epoch or done == total)
         self.history.append(record)
         warning = dino.collapse(self.history, log_k)
         if warning and warning != self.warned:                      # once for each time it comes up
@@ -335,13 +335,15 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def as_line(r, args, total):
-    """A log record for the eye."""
-    return (f"epoch {r['epoch']:.2f}/{args.epochs}  step {r['step']}/{total}  loss {r['loss']:.3f}  "
-            f"loss/lnK {r['loss_per_log_k']:.3f}  entropy {r['entropy']:.3f}  kl {r['kl']:.3f}  "
-            f"centre {r['center']:.3g}  grad {r['grad_norm']:.3g}  support {r['support']:.3f}  lr {r['lr']:.2e}  "
-            f"wd {r['wd']:.3f}  ema {r['momentum']:.4f}  {r['images_per_s']:.0f} img/s  {r['memory_gib']:.1f} GiB  "
-            f"eta {datetime.timedelta(seconds=round(r['eta_s']))}")
+def as_line(r, epochs):
+    """A log record for the eye, at most 79 columns: what finds no room, and all the rest, is in log.jsonl."""
+    parts = [checkpoint.time_left(r["eta_s"]), f"loss {r['loss']:6.3f}",
+             f"epoch {r['epoch']:{len(str(epochs)) + 3}.2f}/{epochs}"]
+    parts += [shown.format(r[name]) for name, shown in (("rank", "rank {:<4.3g}"), ("support", "support {:.3f}"),
+              ("kl", "kl {:.3f}"), ("images_per_s", "{:.0f} img/s")) if r.get(name) is not None]
+    while len("  ".join(parts)) > 79:
+        parts.pop()
+    return "  ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -547,8 +549,7 @@ def main(argv=None):
                 sys.exit(1)                                         # one process of each node says why
             raise
         finally:
-            if rank == 0 and sys.stdout.isatty():
-                print()                                             # leave the progress line
+            checkpoint.progress.end()
 
 
 if __name__ == "__main__":
