@@ -15,9 +15,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -285,8 +287,9 @@ def open_folder(out, args, is_main):
     with checkpoint.one_line(out):
         resumed, other_flags = checkpoint.resume_run(out, checkpoint.plain(args))
     if other_flags:
-        print(f"train.py: error: {other_flags}", file=sys.stderr)
-        sys.exit(2)
+        with one_says_why():
+            print(f"train.py: error: {other_flags}", file=sys.stderr)
+            sys.exit(2)
     start = resumed["step"] if resumed else 0
     views = dino.all_gather((start, args.images, args.fingerprint))
     if len(set(views)) > 1:
@@ -413,6 +416,26 @@ def setup_distributed():
     return rank, world, device
 
 
+@contextlib.contextmanager
+def one_says_why():
+    """What ends every process is told by the first of each machine. The others wait to be ended by torchrun, which ends
+    all as soon as one has failed: it must not end the first one before that has said why. Where nobody does, they tell
+    it, too."""
+    local, said = os.environ.get("LOCAL_RANK", ""), io.StringIO()
+    if not os.environ.get("RANK") or not local.isdecimal() or int(local) == 0:
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        if error.code:                                              # not so after --help
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # as 0, which torchrun's report leaves out
+            time.sleep(5)
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -427,7 +450,8 @@ def parse_args(argv=None):
     if choice.arch:                                                 # it stands for these three
         recipe = {name: value for name, value in recipe.items() if name not in ("dim", "depth", "heads")}
 
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [--flag VALUE ...]; --help lists "
+                                "the flags", allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
     p.add_argument("--data", default="shapes", help="shapes (embedded), or a folder of images, without its hidden ones")
@@ -533,7 +557,8 @@ def check_args(p, args):
 
 def main(argv=None):
     checkpoint.print_any_path()
-    args = parse_args(argv)
+    with one_says_why():
+        args = parse_args(argv)
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
@@ -545,8 +570,9 @@ def main(argv=None):
         except (SystemExit, RuntimeError) as error:
             if isinstance(error, RuntimeError) and rank and stop:   # the main process saved and left mid-collective
                 sys.exit(128 + stop[0])
-            if isinstance(error, SystemExit) and isinstance(error.code, str) and launched()[2]:
-                sys.exit(1)                                         # one process of each node says why
+            if isinstance(error, SystemExit) and isinstance(error.code, str):
+                with one_says_why():
+                    raise
             raise
         finally:
             checkpoint.progress.end()
