@@ -431,7 +431,7 @@ def one_says_why():
     except SystemExit as error:
         if error.code:                                              # not so after --help
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # as 0, which torchrun's report leaves out
-            time.sleep(5)
+            time.sleep(30)                                          # as long as torchrun waits for a process
             print(said.getvalue(), end="", file=sys.stderr)
         raise
 
