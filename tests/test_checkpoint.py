@@ -821,7 +821,6 @@ def test_progress_is_one_line_of_a_terminal_and_lines_of_a_file(tty, monkeypatch
     progress.show("loss 0")
     with pytest.raises(SystemExit), disk.one_line("x"):             # the error begins below it
         raise ValueError("wrong")
-    progress.end()
     assert stdout.getvalue() == (
         "first\n\rloss 3\033[K\rloss 2 and \033[K\nwarning\nanother\n\rloss 1\033[K\n\rloss 0\033[K\n"
         if tty else "first\nloss 3\nloss 2 and more words\nwarning\nanother\nloss 1\nloss 0\n")
