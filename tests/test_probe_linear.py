@@ -451,8 +451,8 @@ def losses_seen(monkeypatch):
 
 
 def test_logged_loss_is_the_mean_since_the_last_line_and_eta_what_is_left(tmp_path, monkeypatch, capsys):
-    """A run of 25 iterations, ten to a line, ended after the 14th; the clock shows ten seconds an iteration. Lines after
-    the first and the tenth iteration of each part, too."""
+    """A run of 25 iterations, ten to a line, ended after the 14th; the clock shows ten seconds an iteration. Lines
+    after the first and the tenth iteration of each part, too."""
     seen = losses_seen(monkeypatch)
     monkeypatch.setattr(probe_linear.time, "perf_counter", lambda: 10 * (len(seen) // 2) + 1000)
     flags = "--iters", 25, "--log-every", 10, "--save-every", 14, "--micro-batch", 6, "--seeds", 2

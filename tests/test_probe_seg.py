@@ -878,7 +878,7 @@ def test_log_lines_give_the_mean_since_the_last_and_the_time_left(few_scenes, ch
         return logits.sum() * 0 + (clock["calls"] + 1) // 2         # two heads
 
     monkeypatch.setattr(probe_seg, "pixel_loss", loss)
-    monkeypatch.setattr(probe_seg.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(disk.time, "perf_counter", lambda: clock["now"])
     flags = "--log-every 10 --save-every 13 --iters 25 --eval-every 25 --seeds 2".split()
 
     def lines():
