@@ -417,10 +417,10 @@ def setup_distributed():
 
 
 @contextlib.contextmanager
-def one_says_why():
+def one_says_why(asked=()):
     """What ends every process is told by the first of each machine. The others wait to be ended by torchrun, which ends
     all as soon as one has failed: it must not end the first one before that has said why. Where nobody does, they tell
-    it, too."""
+    it, too. `asked`: signals that have come already."""
     local, said = os.environ.get("LOCAL_RANK", ""), io.StringIO()
     if not os.environ.get("RANK") or not local.isdecimal() or int(local) == 0:
         yield
@@ -429,6 +429,8 @@ def one_says_why():
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             yield
     except SystemExit as error:
+        if error.code and asked:
+            sys.exit()
         if error.code:                                              # not so after --help
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # as 0, which torchrun's report leaves out
             time.sleep(30)                                          # as long as torchrun waits for a process
@@ -571,7 +573,7 @@ def main(argv=None):
             if isinstance(error, RuntimeError) and rank and stop:   # the main process saved and left mid-collective
                 sys.exit(128 + stop[0])
             if isinstance(error, SystemExit) and isinstance(error.code, str):
-                with one_says_why():
+                with one_says_why(stop):
                     raise
             raise
         finally:

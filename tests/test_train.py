@@ -1349,6 +1349,9 @@ def test_other_processes_wait_until_torchrun_ends_them_and_speak_if_it_does_not(
         assert main() == ((code, text) if status else (0, "")) and slept == [30] * bool(status)
         monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert not status or main() == (None, "")                   # as if nothing had failed here
+        with pytest.raises(SystemExit) as stop, train.one_says_why([signal.SIGTERM]):
+            sys.exit("wrong")
+        assert stop.value.code is None
     finally:
         signal.signal(signal.SIGTERM, before)
 
