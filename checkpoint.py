@@ -12,6 +12,7 @@ To use weights of your own or other people's, this call is all you need; the res
     data        `fingerprint` tells the data that a number was measured on from any other
     files       `write_whole` writes all or nothing; `lock` keeps a run folder to one process
     signals     `noted_signals` lets a process that is asked to end save first
+    progress    `progress` rewrites a line on a terminal
     runs        the state of a training run in its folder, the flags it was begun with, its log
 """
 
@@ -366,6 +367,7 @@ def one_line(path):
         yield
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")     # after a loader worker's traceback
+        progress.end()
         sys.exit(line if ": " in line else f"{path}: {line}")
     except KeyboardInterrupt:                                       # where there is nothing to save yet
         sys.exit(130)
@@ -655,7 +657,7 @@ def noted_signals():
 
 
 def leave(asked, where):
-    print(f"stopped by signal {asked[0]} {where}, saved; run the same command again to go on", flush=True)
+    progress.say(f"stopped by signal {asked[0]} {where}, saved; run the same command again to go on")
     sys.exit(128 + asked[0])
 
 
@@ -671,6 +673,73 @@ def deaf_worker(_):
     """Loader workers leave Ctrl-C and SIGTERM to the process that owns them, or it could not finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress, for the eye
+
+class Progress:
+    """The last line of stdout: rewritten in place on a terminal, in a file one after the other. What is said in between
+    leaves it as it is, and begins below it."""
+
+    def __init__(self):
+        self.open = False                                           # a line of a terminal that waits to be rewritten
+
+    def show(self, text, stays=False):
+        if not sys.stdout.isatty():
+            print(text, flush=True)
+            return
+        width = shutil.get_terminal_size().columns - 1              # a line that wraps could not be taken back
+        print(f"\r{text[:width]}\033[K", end="\n" * stays, flush=True)
+        self.open = not stays
+
+    def say(self, text):
+        self.end()
+        print(printable(text), flush=True)
+
+    def end(self, last="\n"):
+        print(last * self.open, end="", flush=True)
+        self.open = False
+
+    def of(self, items, what):
+        """The items, one by one; if they take long, how many are done: always on a terminal, which forgets it at the
+        end, and after 5, 15, 35, ... seconds in a file."""
+        total, tty = len(items), sys.stdout.isatty()
+        eta, clock, pause, shown = Eta(0, total), time.perf_counter(), 0.1 if tty else 5, False
+        try:
+            for done, item in enumerate(items, 1):
+                yield item
+                left = eta(done)
+                if time.perf_counter() - clock >= pause:
+                    self.show(f"{left}  {what} {done:,}/{total:,}")
+                    clock, pause, shown = time.perf_counter(), pause if tty else 2 * pause, True
+        finally:
+            if shown:
+                self.end("\r\033[K")
+
+
+progress = Progress()                                               # of the process, as its terminal is
+
+
+class Eta:
+    """eta(done) -> 'eta 0:12:34' of a loop that began at `done` and goes to `total`, at its mean pace since the first
+    call, which waited for loaders to start."""
+
+    def __init__(self, done, total):
+        self.done, self.total, self.clock, self.started = done, total, time.perf_counter(), False
+
+    def __call__(self, done):
+        now = time.perf_counter()
+        seconds = (now - self.clock) / (done - self.done) * (self.total - done)
+        if not self.started:
+            self.done, self.clock, self.started = done, now, True
+        return time_left(seconds)
+
+
+def time_left(seconds):
+    """'eta 0:12:34', 'eta 12d 03h'; equally wide up to 999 days."""
+    days, rest = divmod(round(seconds), 86_400)
+    return f"eta {f'{days}d {rest // 3600:02}h' if days else str(datetime.timedelta(seconds=rest)):8}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -788,11 +857,11 @@ def resume_run(folder, args):
 
 
 class Log:
-    """log.jsonl, and a line for the eye: rewritten in place on a terminal, one after the other in a file. Of the main
-    process only. What a killed run logged after its checkpoint of `step` is dropped."""
+    """log.jsonl, and a line for the eye. Of the main process only. What a killed run logged after its checkpoint of
+    `step` is dropped."""
 
     def __init__(self, folder, is_main, step):
-        self.path, self.is_main, self.tty = Path(folder) / "log.jsonl", is_main, sys.stdout.isatty()
+        self.path, self.is_main = Path(folder) / "log.jsonl", is_main
         if is_main:
             self.cut(step)
 
@@ -808,9 +877,9 @@ class Log:
 
     def say(self, text):
         if self.is_main:
-            print("\n" * self.tty + printable(text), flush=True)
+            progress.say(text)
 
-    def record(self, record, line=None):
+    def record(self, record, line=None, stays=False):
         if not self.is_main:
             return
         try:
@@ -818,10 +887,8 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             sys.exit(f"{self.path}: not written: {error}; make room and run the same command again")
-        if line and self.tty:                                       # a line that wraps could not be taken back
-            print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
-        elif line:
-            print(line, flush=True)
+        if line:
+            progress.show(line, stays)
 
 
 def provenance(args, device, world):

@@ -149,7 +149,7 @@ def recolour(x, draws, order, batched=None):
     x = change(x, grey > 0, lambda x: luma(x).expand_as(x))
     x = change(x, sigma > 0, blur_by_matrix if batched else blur, sigma)
     x = change(x, solarize > 0, lambda x: torch.where(x >= 128, 255 - x, x))
-    return vit.normalize(x)
+    return vit.normalize_grey_levels(x)
 
 
 def change_in_place(x, need, op, *amounts):

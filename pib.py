@@ -92,7 +92,8 @@ def block_signs(weights, x, model, inside, raw):
 def measure(model, images, args, device):
     """(dict of (depth, ...) means over images, dict of counts) in one forward per batch."""
     signs, boxes, finite = [{} for _ in model.blocks], [], True
-    for x, inside in DataLoader(images, args.batch_size, num_workers=args.workers):
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    for x, inside in checkpoint.progress.of(loader, f"point-in-box of {len(images):,} images, batch"):
         boxes.append(inside)
         x, inside = x.to(device), inside.to(device)
         with checkpoint.autocast(device, args.amp):
@@ -194,7 +195,8 @@ def leaked_meaning(model, args, device):
     """dict(auc_own=[% of each block], auc_other, auc_background); NaN where there is no pair."""
     def batches(split):
         scenes = crowds(split, SCENES[split], 2 * model.config.image_size, model.config.patch_size)
-        for images, maps in zip(*(values.split(args.batch_size) for values in scenes), strict=True):
+        parts = list(zip(*(values.split(args.batch_size) for values in scenes), strict=True))
+        for images, maps in checkpoint.progress.of(parts, f"leaked meaning, {split}: {len(scenes[0]):,} scenes, batch"):
             with checkpoint.autocast(device, args.amp):
                 outputs = model.features(vit.normalize(images.to(device)), norm=not args.raw)
             blocks = [output.patches.flatten(0, 2) for output in outputs]

@@ -15,11 +15,9 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import math
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +192,8 @@ def train_heads(model, train, val, args, device, file, stamp):
     constant = best_constant(train, args)
     logs, saves, evaluations = ({*range(every, args.iters, every), args.iters}      # after these iterations
                                 for every in (args.log_every, args.save_every, args.eval_every))
-    total, said, clock = 0, start, time.perf_counter()
+    logs |= {start + 1, start + 10}                                 # soon, then now and then
+    total, said, eta = 0, start, checkpoint.Eta(start, args.iters)
 
     def save(done):
         checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, heads=heads.state_dict(),
@@ -207,7 +206,7 @@ def train_heads(model, train, val, args, device, file, stamp):
                 seen = checkpoint.until_asked(asked, val_batches(model, val, args, device))
                 row, maps = measure(heads, seen, constant, args)
                 history.append(dict(iteration=t, **row))
-                print(f"iteration {t:,}/{args.iters:,}  RMSE {show(row['rmse'])} m", flush=True)
+                checkpoint.progress.say(f"iteration {t:,}/{args.iters:,}  RMSE {show(row['rmse'])} m")
                 save(t)
             if t == args.iters:
                 return history, maps
@@ -219,8 +218,8 @@ def train_heads(model, train, val, args, device, file, stamp):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, and nothing of it is saved: "
                                  f"the features overflow with --amp {args.amp}, or the heads diverge")
             if done in logs:
-                eta = datetime.timedelta(0, round((time.perf_counter() - clock) / (done - start) * (args.iters - done)))
-                print(f"iteration {done:,}/{args.iters:,}  loss {total / (done - said):.4f}  eta {eta}", flush=True)
+                line = f"{eta(done)}  loss {total / (done - said):.4f}  iteration {done:,}/{args.iters:,}"
+                checkpoint.progress.show(line, stays=done in evaluations)
                 total, said = 0, done
             if saving:
                 save(done)
@@ -231,7 +230,8 @@ def train_heads(model, train, val, args, device, file, stamp):
 def extract(model, images, args, device, chunk=16):
     """[CLS] (N, 4, D), patches (N, 4, h, w, D) and depth (N, H, W) of all images."""
     parts = [(*frozen(model, batch["image"].to(device), args), batch["depth"].to(device))
-             for batch in DataLoader(images, chunk, num_workers=args.workers)]
+             for batch in checkpoint.progress.of(DataLoader(images, chunk, num_workers=args.workers),
+                                                 f"features of {len(images):,} images, batch")]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -254,8 +254,9 @@ def val_batches(model, val, args, device, chunk=16):
     if isinstance(val, tuple):
         yield from zip(*(x.split(chunk) for x in val), strict=True)
         return
-    for item in DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
-                           worker_init_fn=checkpoint.deaf_worker):
+    loader = DataLoader(val, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=checkpoint.deaf_worker)
+    for item in checkpoint.progress.of(loader, "evaluation, picture"):
         image, depth = (item[name].to(device, non_blocking=True) for name in ("image", "depth"))
         yield *frozen(model, torch.stack([image, image.flip(-1)]), args), depth[None]
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
@@ -82,7 +81,8 @@ def knn(bank, bank_labels, queries, labels, classes, neighbours=NEIGHBOURS, chun
     """{k: top-1 in percent} of DINO's weighted vote, of features (N, D). k is capped at the bank's size."""
     bank, queries = F.normalize(bank), F.normalize(queries)         # a product of two is their cosine
     correct = dict.fromkeys(neighbours, 0)
-    for q, y in zip(queries.split(chunk), labels.split(chunk), strict=True):    # (chunk, N) similarities at a time
+    chunks = list(zip(queries.split(chunk), labels.split(chunk), strict=True))  # (chunk, N) similarities at a time
+    for q, y in checkpoint.progress.of(chunks, f"k-NN, {chunk} queries each:"):
         similarity, index = (q @ bank.T).topk(min(max(neighbours), len(bank)))  # (chunk, k), best first
         votes = (similarity / TEMPERATURE).exp()
         classes_of = bank_labels[index]
@@ -108,7 +108,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
     start, _ = checkpoint.resume_heads(file, stamp, heads, optimizer)
     # SGD is linear in the gradient: a factor on the loss of a head is a factor on its learning rate
     rates = torch.tensor(RATES, device=device) * args.batch_size / 256
-    total, said, done, clock = 0, start, start, time.perf_counter()
+    total, said, done, eta = 0, start, start, checkpoint.Eta(start, args.iters)
     stream = batches(model, train, args, device, start)     # closed while its workers live: a dead one may hold a lock
     with checkpoint.noted_signals() as asked, contextlib.closing(stream):
         for t in range(start, args.iters):
@@ -121,9 +121,8 @@ def train_heads(model, train, classes, args, device, file, stamp):
             optimizer.step(); optimizer.zero_grad()
 
             done, last = t + 1, asked or t + 1 == args.iters
-            if done % args.log_every == 0 or last:
-                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-                print_progress(file, done, total / (done - said), left, args)
+            if done % args.log_every == 0 or last or done - start in (1, 10):       # soon, then now and then
+                show_progress(file, done, total / (done - said), eta(done), args, last)
                 total, said = 0, done
             if done % args.save_every == 0 or last:
                 checkpoint.write_checkpoint(file, dict(iteration=done, stamp=stamp, history=[],
@@ -135,20 +134,21 @@ def train_heads(model, train, classes, args, device, file, stamp):
     return heads
 
 
-def print_progress(file, done, losses, left, args):
-    """The least of the (L,) losses, and the time left in seconds; ValueError if no head has a finite loss."""
+def show_progress(file, done, losses, left, args, last):
+    """The time left and the least of the (L,) losses; ValueError if no head has a finite loss."""
     loss = losses.nan_to_num(math.inf).min()
     if loss.isinf():
         raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the features of the "
                          f"weights overflow with --amp {args.amp}")
-    print(f"iteration {done:,}/{args.iters:,}  loss of the best rate {loss:.4f}  "
-          f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+    line = f"{left}  loss of the best rate {loss:.4f}  iteration {done:,}/{args.iters:,}"
+    checkpoint.progress.show(line, stays=last)
 
 
 def extract(model, images, args, device):
     """(N, D) float32 [CLS] features and (N,) labels, in the order of the data set."""
     features, labels = [], []
-    for batch in DataLoader(images, args.micro_batch, num_workers=args.workers):
+    loader = DataLoader(images, args.micro_batch, num_workers=args.workers)
+    for batch in checkpoint.progress.of(loader, f"features of {len(images):,} images, batch"):
         features.append(frozen(model, batch["image"].to(device), args))
         labels.append(batch["label"].to(device))
     features = torch.cat(features)

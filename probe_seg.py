@@ -16,12 +16,10 @@ The last line printed is the result as JSON, also written to --out; an interrupt
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -175,9 +173,12 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
     evaluated = history[-1]["iteration"] if history else 0
     if args.data == "shapes" and evaluated < args.iters:            # no augmentation: features are computed once
         x, y = (torch.stack(part).to(device) for part in zip(*((s["image"], s["mask"]) for s in train), strict=True))
-        train = frozen(model, vit.normalize(x), blocks, args), y
+        parts = [frozen(model, vit.normalize(part), blocks, args) for part in
+                 checkpoint.progress.of(x.split(args.batch_size), f"features of {len(x):,} images, batch")]
+        train = {block: tuple(map(torch.cat, zip(*(part[block] for part in parts), strict=True)))
+                 for block in blocks}, y
         val = list(val_views(model, val, blocks, args, device))
-    total, logged, clock = 0, start, time.perf_counter()
+    total, logged, eta = 0, start, checkpoint.Eta(start, args.iters)
 
     def due(done, every):
         return done % every == 0 or done == args.iters
@@ -191,23 +192,23 @@ def train_heads(model, train, val, heads, args, device, file, stamp):
         for done in range(start, args.iters + 1):
             if done > start:
                 total = total + train_step(heads, optimizer, next(stream), done - 1, args)
-            logs = done > start and due(done, args.log_every)
+            logs = done > start and (due(done, args.log_every) or done - start in (1, 10))  # soon, then now and then
             evaluates = done > evaluated and due(done, args.eval_every)
             saves = evaluates or done > start and due(done, args.save_every)
             if (logs or saves or asked) and not math.isfinite(total):
                 raise ValueError(f"{file}: the loss is not finite at iteration {done:,}, which is not saved: features "
                                  f"overflow with --amp {args.amp}, or the heads diverge")
             if logs:
-                left = (time.perf_counter() - clock) / (done - start) * (args.iters - done)
-                print(f"iteration {done:,}/{args.iters:,}  loss {total / (done - logged):.4f}  "
-                      f"eta {datetime.timedelta(seconds=round(left))}", flush=True)
+                line = f"{eta(done)}  loss {total / (done - logged):.4f}  iteration {done:,}/{args.iters:,}"
+                checkpoint.progress.show(line, stays=evaluates or done == args.iters)
                 total, logged = 0, done
             if evaluates:
                 save(done)                                          # the evaluation may be cut
                 views = val if args.data == "shapes" else val_views(model, val, blocks, args, device)
                 confusion = confusion_matrices(heads, checkpoint.until_asked(asked, views))
                 history.append(dict(iteration=done, iou=iou(confusion), constant=constant_miou(confusion[0])))
-                print(f"iteration {done:,}/{args.iters:,}  mIoU {history[-1]['iou'][0].nanmean():.2f}", flush=True)
+                miou = history[-1]["iou"][0].nanmean()
+                checkpoint.progress.say(f"iteration {done:,}/{args.iters:,}  mIoU {miou:.2f}")
             ending = asked[:1]                                      # a signal that comes after this counts next time
             if saves or ending:
                 save(done)
@@ -233,7 +234,8 @@ def batches(model, train, blocks, args, device, start):
 def val_views(model, val, blocks, args, device):
     """(pictures (B, 3, h, w), labels (B, H, W), corners and size of their n windows, features of the n B windows)."""
     size = 100 if args.data == "shapes" else 1                      # pictures of one size can go together
-    for batch in DataLoader(val, size, num_workers=args.workers, worker_init_fn=checkpoint.deaf_worker):
+    loader = DataLoader(val, size, num_workers=args.workers, worker_init_fn=checkpoint.deaf_worker)
+    for batch in checkpoint.progress.of(loader, f"evaluation of {len(val):,} pictures, batch"):
         x = vit.normalize(batch["image"].to(device))
         crop = args.crop or max(x.shape[2:])
         corners = windows(*x.shape[2:], crop, args.stride or crop)

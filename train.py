@@ -16,12 +16,13 @@ failure and starts the run again, unless the signal reached torchrun itself, as 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
+import io
 import itertools
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -349,8 +350,9 @@ def open_folder(out, args, is_main):
     with checkpoint.one_line(out):
         resumed, other_flags = checkpoint.resume_run(out, checkpoint.plain(args))
     if other_flags:
-        print(f"train.py: error: {other_flags}", file=sys.stderr)
-        sys.exit(2)
+        with one_says_why():
+            print(f"train.py: error: {other_flags}", file=sys.stderr)
+            sys.exit(2)
     start = resumed["step"] if resumed else 0
     views = dino.all_gather((start, args.images, args.fingerprint))
     if len(set(views)) > 1:
@@ -380,7 +382,8 @@ class Meter:
         peak_gib = torch.cuda.max_memory_allocated() / 2**30 if grad_norm.is_cuda else peak_memory() / 2**30
         record |= dict(grad_norm=grad_norm.item(), **now, images_per_s=self.steps * args.batch_size / seconds,
                        memory_gib=peak_gib, eta_s=(total - done) * seconds / self.steps, bad_files=bad_files)
-        self.log.record(record, as_line(record, args, total))
+        end_of_epoch = done // self.per_epoch > (done - self.steps) // self.per_epoch       # since the last line
+        self.log.record(record, as_line(record, args.epochs), stays=end_of_epoch or done == total)
         self.history.append(record)
         warning = dino.collapse(self.history, log_k)
         if warning and warning != self.warned:                      # once for each time it comes up
@@ -398,13 +401,15 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def as_line(r, args, total):
-    """A log record for the eye."""
-    return (f"epoch {r['epoch']:.2f}/{args.epochs}  step {r['step']}/{total}  loss {r['loss']:.3f}  "
-            f"loss/lnK {r['loss_per_log_k']:.3f}  entropy {r['entropy']:.3f}  kl {r['kl']:.3f}  "
-            f"centre {r['center']:.3g}  grad {r['grad_norm']:.3g}  support {r['support']:.3f}  lr {r['lr']:.2e}  "
-            f"wd {r['wd']:.3f}  ema {r['momentum']:.4f}  {r['images_per_s']:.0f} img/s  {r['memory_gib']:.1f} GiB  "
-            f"eta {datetime.timedelta(seconds=round(r['eta_s']))}")
+def as_line(r, epochs):
+    """A log record for the eye, at most 79 columns: what finds no room, and all the rest, is in log.jsonl."""
+    parts = [checkpoint.time_left(r["eta_s"]), f"loss {r['loss']:6.3f}",
+             f"epoch {r['epoch']:{len(str(epochs)) + 3}.2f}/{epochs}"]
+    parts += [shown.format(r[name]) for name, shown in (("rank", "rank {:<4.3g}"), ("support", "support {:.3f}"),
+              ("kl", "kl {:.3f}"), ("images_per_s", "{:.0f} img/s")) if r.get(name) is not None]
+    while len("  ".join(parts)) > 79:
+        parts.pop()
+    return "  ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -495,6 +500,28 @@ def leaves(rank, world, start, done, loss):
     return True
 
 
+@contextlib.contextmanager
+def one_says_why(asked=()):
+    """What ends every process is told by the first of each machine. The others wait to be ended by torchrun, which ends
+    all as soon as one has failed: it must not end the first one before that has said why. Where nobody does, they tell
+    it, too. `asked`: signals that have come already."""
+    local, said = os.environ.get("LOCAL_RANK", ""), io.StringIO()
+    if not os.environ.get("RANK") or not local.isdecimal() or int(local) == 0:
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        if error.code and asked:
+            sys.exit()
+        if error.code:                                              # not so after --help
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # as 0, which torchrun's report leaves out
+            time.sleep(30)                                          # as long as torchrun waits for a process
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
 # ------------------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -511,7 +538,8 @@ def parse_args(argv=None):
     if choice.arch:                                                 # it stands for these three
         recipe = {name: value for name, value in recipe.items() if name not in ("dim", "depth", "heads")}
 
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [--flag VALUE ...]; --help lists "
+                                "the flags", allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--recipe", choices=list(RECIPES), default=by_data, help="gives all defaults; without it shapes for "
                    "--data shapes, and paper for a folder; small: own pictures on a CPU or an old GPU")
@@ -628,7 +656,8 @@ def check_args(p, args):
 
 def main(argv=None):
     checkpoint.print_any_path()
-    args = parse_args(argv)
+    with one_says_why():
+        args = parse_args(argv)
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
@@ -640,12 +669,12 @@ def main(argv=None):
         except (SystemExit, RuntimeError) as error:
             if isinstance(error, RuntimeError) and rank and stop:   # the main process saved and left mid-collective
                 sys.exit(128 + stop[0])
-            if isinstance(error, SystemExit) and isinstance(error.code, str) and launched()[2]:
-                sys.exit(1)                                         # one process of each node says why
+            if isinstance(error, SystemExit) and isinstance(error.code, str):
+                with one_says_why(stop):
+                    raise
             raise
         finally:
-            if rank == 0 and sys.stdout.isatty():
-                print()                                             # leave the progress line
+            checkpoint.progress.end()
 
 
 if __name__ == "__main__":

@@ -332,8 +332,18 @@ def by_channel(values, device):
 
 
 def normalize(images):
-    """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images."""
-    return (images.float() / 255 - by_channel(MEAN, images.device)) / by_channel(STD, images.device)
+    """uint8 (..., 3, h, w) -> float32 with ImageNet's mean 0 and deviation 1; batched, on the device of the images.
+    Floats, which may be 0 to 1 or normalised already, are refused: ValueError."""
+    kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+    if kind != torch.uint8:
+        raise ValueError(f"normalize takes a uint8 tensor (..., 3, h, w), 0 to 255, not {kind}; eval_transform makes "
+                         "one of a picture, and (255 * x).round().byte() of floats from 0 to 1")
+    return normalize_grey_levels(images.float())
+
+
+def normalize_grey_levels(x):
+    """The same of floats from 0 to 255."""
+    return (x / 255 - by_channel(MEAN, x.device)) / by_channel(STD, x.device)
 
 
 def pad_to_patches(images, patch):

@@ -1,6 +1,7 @@
 """Pictures of what a model has learnt, drawn with Pillow alone: PCA of patches, attention, heat maps, curves.
 
     python -m paper.figures pca --weights A.pt B.pt --images *.jpg --size 448             Fig. 1: input | A | B
+    python -m paper.figures pca --weights RUN/checkpoint.pt --images FOLDER --count 6     six pictures, spread over it
     python -m paper.figures attention --weights A.pt B.pt --data shapes --count 1         where [CLS] looks, by head
     python pib.py --weights RUN; python -m paper.figures heatmap --results RUN/*.pib.*.json   Fig. 2
     python -m paper.figures heatmap --results A_s?/*.seg.*.json --minus B_s?/*.seg.*.json   A - B, mean over seeds
@@ -28,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint
+import data
 import vit
 from shapes import Shapes
 
@@ -80,7 +82,8 @@ def pca(args):
         images = open_images(args, size, model.config.patch_size)
         maps = [look(lambda m, x: m.features(x, [-1])[0].patches, model, image, path).astype(float)
                 for _, image in images]
-        rows = rows or [[(tile(image.permute(1, 2, 0).numpy(), cell), [])] for _, image in images]
+        rows = rows or [[(tile(image.permute(1, 2, 0).numpy(), cell), [fitted(name, SMALL, cell)])]
+                        for name, image in images]
         for group in [range(len(maps))] if args.joint else [[i] for i in range(len(maps))]:
             pictures, shares, inside = pca_colours([maps[i] for i in group], args.foreground)
             print(f"{label}, {'all pictures' if args.joint else images[group[0]][0]}: explained variance "
@@ -112,16 +115,16 @@ def attention(args):
         for name, image in open_images(args, size, P):
             weights = look(lambda m, x, b=block: m.attention(x, b)[:, :, 0], model, image, path)        # (H, T)
             maps = weights[:, 1 + model.config.registers:].reshape(len(weights), -1, image.shape[2] // P)
-            found.append((label, image.permute(1, 2, 0).numpy(), maps))
+            found.append((label, name, image.permute(1, 2, 0).numpy(), maps))
             for head, (row, m) in enumerate(zip(weights, maps, strict=True), 1):
                 print(f"{label}, {name}, head {head}: weight 0 on {(m == 0).sum()} of {m.size} patches; of the whole "
                       f"weight {m.sum():.3f} is on patches, {row[0]:.3f} on [CLS] itself")
-    titles = ["input"] + [f"head {head + 1}" for head in range(max(len(maps) for _, _, maps in found))]
+    titles = ["input"] + [f"head {head + 1}" for head in range(max(len(maps) for *_, maps in found))]
     cell = share_width(args.width, len(titles))
     rows = []
-    for label, pixels, maps in found:
+    for label, name, pixels, maps in found:
         picture = tile(pixels, cell)
-        rows.append([(picture, wrap(label.replace(", ", "\n"), SMALL, cell))])
+        rows.append([(picture, [fitted(name, SMALL, cell)] + wrap(label.replace(", ", "\n"), SMALL, cell))])
         for m in maps:
             zeros = (m == 0).sum()
             lines = [f"{zeros / m.size:.0%} zeros, {zeros} of {m.size}", f"greatest {m.max():.2g}"]
@@ -410,16 +413,30 @@ def whole_patches(width, height, size, patch):
     return max(1, round(width * scale)) * patch, max(1, round(height * scale)) * patch
 
 
+def list_pictures(images, count):
+    """[(name, path)] of files, and of `count` pictures of every folder: spread over its sorted paths, or they would
+    mostly be of its first class."""
+    pictures = []
+    for path in images:
+        files = data.list_images(path) if os.path.isdir(path) else [path]
+        if not files:
+            raise ValueError(f"{path}: holds no picture ({' '.join(vit.SUFFIXES)})")
+        for i in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
+            name = os.path.relpath(files[i], path) if os.path.isdir(path) else os.path.basename(path)
+            pictures.append((" ".join(checkpoint.printable(name).split()), files[i]))
+    return pictures
+
+
 def open_images(args, size, patch):
     """[(name, uint8 (3, height, width))], both sides in whole patches."""
     if args.data == "shapes":
         scenes = Shapes("val", whole_patches(1, 1, size, patch)[0], args.count)
         return [(f"scene {i}", scenes[i]["image"]) for i in range(args.count)]
     images = []
-    for path in args.images:
+    for name, path in args.images:
         picture = vit.read_image(path)
         picture = picture.resize(whole_patches(*picture.size, size, patch), Image.Resampling.BICUBIC)
-        images.append((Path(path).name, torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
+        images.append((name, torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
     return images
 
 
@@ -471,6 +488,12 @@ def wrap(text, size, width):
             else:
                 lines[-1] = longer
     return lines
+
+
+def fitted(text, size, width):
+    """The text, or its end, which tells files apart, where all of it would be wider than `width` pixels."""
+    start = next((i for i in range(len(text)) if font(size).getlength(".." * (i > 0) + text[i:]) <= width), len(text))
+    return ".." * (start > 0) + text[start:]
 
 
 def colour(share, table=VIRIDIS):
@@ -550,9 +573,10 @@ def parse_args(argv=None):
                          "as in DINO")
         # pictures
         source = sub.add_mutually_exclusive_group(required=True)
-        source.add_argument("--images", nargs="+", metavar="FILE", help="pictures")
+        source.add_argument("--images", nargs="+", metavar="FILE", help="pictures, or folders of them")
         source.add_argument("--data", choices=["shapes"], help="the first --count embedded val scenes")
-        sub.add_argument("--count", type=int, help="scenes of --data shapes; default 4")
+        sub.add_argument("--count", type=int, help="scenes of --data shapes, or pictures of each folder, "
+                         "spread over it; default 4")
         sub.add_argument("--size", type=int, help="short side of the model's input in pixels; both sides go to the "
                          "nearest whole patches; default: what the first checkpoint was trained on")
     subs["pca"].add_argument("--joint", action="store_true", help="one basis and colour range over all pictures")
@@ -593,8 +617,8 @@ def check_args(p, args):
     else:
         if args.like and "random" not in args.weights:
             p.error("--like goes with --weights random: a checkpoint brings its own architecture")
-        if args.images and args.count is not None:
-            p.error("--count goes with --data shapes; all --images are drawn")
+        if args.images and args.count is not None and not any(map(os.path.isdir, args.images)):
+            p.error("--count goes with --data shapes or a folder; all files of --images are drawn")
         args.count = 4 if args.count is None else args.count
         for name in ("count", "size", "heads"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -603,7 +627,8 @@ def check_args(p, args):
             p.error(f"--seed {args.seed}: must be at least 0 and below 2^63")
         try:
             args.weights = checkpoint.list_checkpoints(args.weights)
-        except OSError as error:
+            args.images = args.images and list_pictures(args.images, args.count)
+        except (OSError, ValueError) as error:
             sys.exit(str(error))
     labelled = args.runs if args.command == "curves" else args.weights
     if args.labels and len(args.labels) != len(labelled):

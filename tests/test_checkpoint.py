@@ -1,5 +1,8 @@
 import argparse
 import dataclasses
+import datetime
+import importlib
+import io
 import json
 import os
 import re
@@ -21,6 +24,7 @@ from torch import nn
 
 import checkpoint as disk
 from checkpoint import load_backbone
+from shapes import Shapes
 from vit import VisionTransformer, ViTConfig
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -886,3 +890,122 @@ def test_an_encoder_beside_a_head_is_no_classifier(tmp_path):
 
 def test_places_are_spread_from_the_first_to_the_last():
     assert [disk.spread(*pair) for pair in ((7, 3), (7, 1), (3, 9), (5, 0))] == [[0, 3, 6], [0], [0, 1, 2], []]
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+on_both = pytest.mark.parametrize("tty", [True, False], ids=["terminal", "file"])
+
+
+def stdout_of(tty, columns, monkeypatch):
+    out = io.StringIO()
+    out.isatty = lambda: tty
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(disk.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 9)))
+    monkeypatch.setattr(disk, "progress", disk.Progress())
+    return out
+
+
+@on_both
+def test_progress_is_one_line_of_a_terminal_and_lines_of_a_file(tty, monkeypatch):
+    """What is said leaves the line above it; a line that stays is not rewritten; a wide one is cut before it wraps."""
+    stdout = stdout_of(tty, 12, monkeypatch)
+    progress = disk.progress
+    progress.say("first")
+    progress.show("loss 3")
+    progress.show("loss 2 and more words")
+    progress.say("warning")
+    progress.say("another")
+    progress.show("loss 1", stays=True)
+    progress.show("loss 0")
+    with pytest.raises(SystemExit), disk.one_line("x"):             # the error begins below it
+        raise ValueError("wrong")
+    assert stdout.getvalue() == (
+        "first\n\rloss 3\033[K\rloss 2 and \033[K\nwarning\nanother\n\rloss 1\033[K\n\rloss 0\033[K\n"
+        if tty else "first\nloss 3\nloss 2 and more words\nwarning\nanother\nloss 1\nloss 0\n")
+
+
+@on_both
+def test_progress_of_a_loop_is_rare_in_a_file_and_forgotten_by_a_terminal(tty, monkeypatch):
+    """1,000 items of a second each, the first of ten: in a file after 5 s and then ever later, with the time that is
+    really left, for the wait for the first one is no pace."""
+    stdout, now = stdout_of(tty, 80, monkeypatch), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    seen = []
+    for item in disk.progress.of(range(1000), "item"):
+        seen.append(item)
+        now[0] += 1 if item else 10
+    assert seen == list(range(1000))
+    lines = re.findall("eta ([0-9:]+) +item ([0-9,]+)/1,000", stdout.getvalue())
+    if tty:
+        assert len(lines) == 1000 and stdout.getvalue().endswith("\r\033[K") and "\n" not in stdout.getvalue()
+    else:
+        assert [done for _, done in lines] == "1 11 31 71 151 311 631".split()       # 10, 20, 40, ... seconds later
+        assert lines[0][0] == "2:46:30" and stdout.getvalue().count("\n") == 7
+    for eta, done in lines[1:]:
+        assert eta == str(datetime.timedelta(seconds=1000 - int(done.replace(",", ""))))
+
+
+@on_both
+def test_progress_of_a_fast_loop_or_a_broken_off_one_leaves_nothing(tty, monkeypatch):
+    stdout = stdout_of(tty, 80, monkeypatch)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    disk.progress.show("loss 1")
+    before = stdout.getvalue()
+    assert list(disk.progress.of("abc", "letter")) == ["a", "b", "c"] and stdout.getvalue() == before
+    assert list(disk.progress.of([], "nothing")) == []
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    for item in disk.progress.of("abc", "letter"):
+        if item == "c":
+            break
+    told = stdout.getvalue().removeprefix(before)
+    assert "letter 1/3" in told and told.count("\n") == (not tty) and (not tty or told.endswith("\r\033[K"))
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "eta 0:00:00 "), (59.6, "eta 0:01:00 "), (86_399, "eta 23:59:59"), (86_400, "eta 1d 00h  "),
+    (12.4 * 86_400, "eta 12d 09h "), (250 * 86_400, "eta 250d 00h")])
+def test_the_time_left_is_as_wide_for_all(seconds, text):
+    assert disk.time_left(seconds) == text
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("probe_linear", "--iters 24 --log-every 12"), ("probe_seg", "--iters 24 --log-every 12 --eval-every 12"),
+    ("probe_depth", "--iters 24 --log-every 12 --eval-every 12")])
+def test_probes_tell_the_time_left_soon_and_then_at_times(tmp_path, monkeypatch, capsys, name, flags):
+    probe = importlib.import_module(name)
+    monkeypatch.setattr(probe, "Shapes", lambda split, size, n, cards=1: Shapes(split, size, 20, cards))
+    path = tmp_path / "W.pt"
+    model = tiny(depth=4)
+    torch.save(dict(config=dataclasses.asdict(model.config), teacher=model.state_dict()), path)
+    probe.main(["--weights", str(path), "--workers", "0", *flags.split()])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["weights"] == str(path)
+    told = [line for line in lines if line.startswith("eta ")]
+    assert [line.split("iteration ")[1] for line in told] == ["1/24", "10/24", "12/24", "24/24"]
+    assert all(len(line) <= 79 and "  loss " in line for line in told) and told[-1].startswith("eta 0:00:00 ")
+
+
+@pytest.mark.parametrize("name, flags, told", [
+    ("probe_linear", "--knn", ["features of 20 images, batch 1/1", "k-NN, 256 queries each: 1/1"]),
+    ("probe_linear", "", ["features of 20 images, batch 1/1"]), ("probe_seg", "--iters 2", [
+        "features of 20 images, batch 2/2", "evaluation of 20 pictures, batch 1/1"]),
+    ("probe_depth", "--iters 2", ["features of 20 images, batch 2/2"]),
+    ("pib", "", ["point-in-box of", "leaked meaning, train: 20 scenes, batch 1/1", "leaked meaning, val: 20 scenes"])])
+def test_probes_tell_the_time_left_of_what_takes_long(tmp_path, monkeypatch, capsys, name, flags, told):
+    """With a clock that runs fast: every item takes a minute."""
+    probe = importlib.import_module(name)
+    monkeypatch.setattr(probe, "Shapes", lambda split, size, n=0, length=0, cards=1: Shapes(split, size, 20, cards))
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    model = tiny(depth=4)
+    torch.save(dict(config=dataclasses.asdict(model.config), teacher=model.state_dict()), tmp_path / "W.pt")
+    if name == "pib":
+        monkeypatch.setattr(probe, "SCENES", dict(train=20, val=20))
+        probe.crowds.cache_clear()
+    probe.main(["--weights", str(tmp_path / "W.pt"), "--workers", "0", *flags.split()])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["probe"] in ("knn", "linear", "seg", "depth", "pib")
+    for what in told:
+        assert any(line.startswith("eta ") and what in line and len(line) <= 79 for line in lines), (what, lines)

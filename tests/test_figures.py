@@ -623,7 +623,7 @@ def test_a_log_of_train_is_drawn(tmp_path, capsys):
     ("pca --data shapes", "required: --weights"),
     ("pca --weights random", "--images --data is required"),
     ("pca --weights random --images a.png --data shapes", "not allowed with"),
-    ("pca --weights random --images a.png --count 2", "--count goes with --data shapes"),
+    ("pca --weights random --images a.png --count 2", "--count goes with --data shapes or a folder"),
     ("pca --weights random --data shapes --count 0", "--count 0: must be at least 1"),
     ("attention --weights random --data shapes --size 0", "--size 0: must be at least 1"),
     ("attention --weights a.pt --data shapes --heads 0", "--heads 0: must be at least 1"),
@@ -645,7 +645,7 @@ def test_usage_errors(capsys, flags, message):
     ("pca --weights gone.pt --data shapes", "gone.pt: no such file"),
     ("pca --weights empty --data shapes", "empty: holds no checkpoint_0000.pt"),
     ("pca --weights tiny.pt --images gone.png", "gone.png: unreadable"),
-    ("pca --weights tiny.pt --images empty", "empty: unreadable"),
+    ("pca --weights tiny.pt --images empty", "empty: holds no picture"),
     ("attention --weights tiny.pt --images text", "text: unreadable"),
     ("attention --weights tiny.pt --data shapes --block 3", "block 3 does not exist: the model has 0 to 2"),
     ("pca --weights huge.pt --data shapes", "huge.pt: its features are not finite"),
@@ -679,3 +679,45 @@ def test_data_errors_are_one_line(tmp_path, capsys, checkpoint, flags, message):
     status, line = exits(capsys, *flags.split())
     assert status == 1 and message in line and "\n" not in line
     assert not list(tmp_path.glob("*.png*"))
+
+
+# ---- names and folders ----------------------------------------------------------------------------------------------
+
+def test_a_folder_stands_for_pictures_spread_over_it(tmp_path, checkpoint, capsys):
+    for kind in "ab":
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        for i in range(5):
+            picture(tmp_path / "pets" / kind / f"{i}.png", (32, 32), i)
+    (tmp_path / "pets/notes.txt").write_text("no picture")
+    (tmp_path / "pets/.hidden.png").write_text("no picture")
+    alone = picture(tmp_path / "alone.png", (32, 32), 7)
+    for count, names in ((1, ["a/0"]), (2, ["a/0", "b/4"]), (4, ["a/0", "a/3", "b/1", "b/4"]),
+                         (99, [f"{kind}/{i}" for kind in "ab" for i in range(5)])):
+        expected = [(f"{name}.png", f"pets/{name}.png") for name in names]
+        assert figures.list_pictures(["pets", alone], count) == [*expected, ("alone.png", alone)]
+    image = draw("x.png", "pca", "--weights", checkpoint, "--images", "pets", "--size", 32, *wide(2))
+    shown, said = tiles(image, 2), capsys.readouterr().out
+    assert [line.split(", ")[2].split(":")[0] for line in said.splitlines()[:4]] == [
+        "a/0.png", "a/3.png", "b/1.png", "b/4.png"]
+    for row, name in zip(shown, ("a/0", "a/3", "b/1", "b/4"), strict=True):
+        assert np.array_equal(row[0], figures.tile(np.array(Image.open(f"pets/{name}.png")), 180))
+
+
+@pytest.mark.parametrize("command", ["pca", "attention"])
+def test_names_of_files_stand_below_their_pictures(tmp_path, checkpoint, command, monkeypatch):
+    """Whole where they fit, else their end; with what no file should have in its name."""
+    files = [picture(tmp_path / name, (32, 32)) for name in ("cat.png", "x" * 60 + "_17.png", "a\nb\udce9.png")]
+    written = []
+    monkeypatch.setattr(figures, "write", lambda canvas, x, y, text, *how, **more: written.append((x, y, text)))
+    draw(tmp_path / "x.png", command, "--weights", checkpoint, "--images", *files, "--width", 390)
+    cell = figures.share_width(390, 2 if command == "pca" else 3)
+    names = [(y, text) for x, y, text in written if x == figures.GAP and text.endswith(".png")]
+    assert [text for _, text in names][::2] == ["cat.png", "a b�.png"] and len(names) == 3
+    cut = names[1][1]
+    assert cut.startswith("..x") and cut.endswith("x_17.png")
+    assert figures.font(figures.SMALL).getlength(cut) <= cell < figures.font(figures.SMALL).getlength("..x" + cut[2:])
+    assert names[0][0] < names[1][0] < names[2][0] and names[0][0] > cell
+
+
+def test_a_name_that_does_not_fit_at_all_is_left_out():
+    assert [figures.fitted(text, 12, 5) for text in ("", "i", "wide")] == ["", "i", ".."]

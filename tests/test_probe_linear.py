@@ -451,7 +451,8 @@ def losses_seen(monkeypatch):
 
 
 def test_logged_loss_is_the_mean_since_the_last_line_and_eta_what_is_left(tmp_path, monkeypatch, capsys):
-    """A run of 25 iterations, ten to a line, ended after the 14th; the clock shows ten seconds an iteration."""
+    """A run of 25 iterations, ten to a line, ended after the 14th; the clock shows ten seconds an iteration. Lines
+    after the first and the tenth iteration of each part, too."""
     seen = losses_seen(monkeypatch)
     monkeypatch.setattr(probe_linear.time, "perf_counter", lambda: 10 * (len(seen) // 2) + 1000)
     flags = "--iters", 25, "--log-every", 10, "--save-every", 14, "--micro-batch", 6, "--seeds", 2
@@ -462,13 +463,14 @@ def test_logged_loss_is_the_mean_since_the_last_line_and_eta_what_is_left(tmp_pa
     assert len(seen) == 28
     train(images, tmp_path, *flags)
     each = [sum(value * n / 8 for value, n in seen[2 * t:2 * t + 2]).mean(0) for t in range(25)]     # (L,)
-    expected = [(10, each[:10], 150), (20, each[14:20], 50), (25, each[20:], 0)]
-    lines = re.findall(r"iteration (\d+)/25  loss of the best rate ([\d.]+)  eta ([\d:]+)", capsys.readouterr().out)
-    assert len(lines) == 3
-    for (at, loss, eta), (iteration, losses, left) in zip(lines, expected, strict=True):
+    expected = [(1, each[:1], 240), (10, each[1:10], 150), (15, each[14:15], 100), (20, each[15:20], 50),
+                (24, each[20:24], 10), (25, each[24:], 0)]
+    lines = re.findall(r"eta ([\d:]+) +loss of the best rate ([\d.]+)  iteration (\d+)/25", capsys.readouterr().out)
+    assert len(lines) == 6
+    for (eta, loss, at), (iteration, losses, left) in zip(lines, expected, strict=True):
         assert int(at) == iteration and eta == f"0:{left // 60:02}:{left % 60:02}"
         assert float(loss) == pytest.approx(torch.stack(losses).mean(0).min().item(), abs=5.1e-5)
-    assert len({loss for _, loss, _ in lines}) == 3
+    assert len({loss for _, loss, _ in lines}) == 6
 
 
 def test_every_head_seed_has_its_best_rate_and_the_ends_of_the_grid_are_named(capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
 import vit
 
@@ -54,24 +56,35 @@ def test_files_that_are_linked_or_listed_are_there():
 
 
 def own_code():
-    """The Python lines of README, with a run's checkpoint at the place they name."""
+    """The Python lines of README's own snippet, as printed."""
     block = re.search(r"## Use it in your own code\n\n(.*?)\n\n\S", TEXTS["README.md"], re.S)[1]
     return "\n".join(line.removeprefix("    ") for line in block.split("\n"))
 
 
 def test_python_lines_run_from_elsewhere_beside_another_entmax(tmp_path):
-    """As README says, with this folder first on the path: deep-spin's package has the name of our file."""
+    """As README says, with this folder first on the path: deep-spin's package has the name of our file. From a file on
+    disk to features, which are those of torchvision's own steps; the reader brings scores, q, k and v alone."""
     (tmp_path / "site/entmax").mkdir(parents=True)
     (tmp_path / "site/entmax/__init__.py").write_text("def entmax15(x, dim): raise AssertionError('theirs')")
     config = vit.ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, heads=2, attn="entmax15")
-    weights = vit.VisionTransformer(config).state_dict()
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(config).eval()
     (tmp_path / "runs/shapes_entmax15_s0").mkdir(parents=True)
-    torch.save(dict(config=dataclasses.asdict(config), teacher=weights, student=weights),
+    torch.save(dict(config=dataclasses.asdict(config), teacher=model.state_dict(), student=model.state_dict()),
                tmp_path / "runs/shapes_entmax15_s0/checkpoint.pt")
-    given = ("import torch; scores = torch.randn(5, 7); q = k = v = torch.randn(2, 3, 5, 8)\n"
-             "images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)\n")
-    shown = "\nprint(*out.shape, *cls.shape, *registers.shape, *patches.shape, *weights.shape)"
+    photo = Image.linear_gradient("L").resize((80, 60)).convert("RGB")
+    photo.save(tmp_path / re.search(r'read_image\("(.*?)"\)', own_code())[1])
+    given = "import torch; scores = torch.randn(5, 7); q = k = v = torch.randn(2, 3, 5, 8)\n"
+    shown = "\ntorch.save((weights, cls, registers, patches, out), 'shown.pt')"
     (tmp_path / "mine.py").write_text(given + own_code() + shown)
-    said = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, text=True, capture_output=True,
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, text=True, capture_output=True,
                           env={"PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}", "PATH": ""})
-    assert said.stdout.split() == "2 3 5 8 2 32 2 0 32 2 4 4 32 2 2 17 17".split(), said.stderr
+    assert done.returncode == 0 and not done.stdout, done.stderr
+    weights, cls, registers, patches, out = torch.load(tmp_path / "shown.pt")
+    with Image.open(next(tmp_path.glob("*.jpg"))) as photo:
+        x = transforms.Compose([transforms.Resize(37, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32),
+                                transforms.ToTensor(), transforms.Normalize(vit.MEAN, vit.STD)])(photo.convert("RGB"))
+    expected = model.features(x[None])[-1]
+    assert out.shape == (2, 3, 5, 8) and registers.shape == (1, 0, 32) and patches.shape == (1, 4, 4, 32)
+    for got, want in ((cls, expected.cls), (patches, expected.patches), (weights, model.attention(x[None]))):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

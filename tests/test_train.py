@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -1436,3 +1437,92 @@ def test_the_first_lines_say_what_a_cpu_costs():
     assert train.cpu_days(args, steps, 1) == pytest.approx(days) and days > 6000
     assert train.cpu_days(args, steps, 4) == pytest.approx(days / 4)
     assert train.cpu_days(train.parse_args(["--recipe", "small"]), 1475, 1) < 1 / 24
+
+
+# ---- the line for the eye
+@pytest.mark.parametrize("epochs, per_epoch, days", [
+    (200, 1_251, 12.5), (200, 1_251, 250), (800, 40_000, 99), (24, 62, 0.002), (1, 3, 1e-6), (100_000, 1, 1)])
+@pytest.mark.parametrize("rank", [None, 1.234, 21.5, 384.0])
+def test_line_of_the_log_fits_79_columns_eta_and_loss_first(epochs, per_epoch, days, rank):
+    """At every size of run; the columns stay where they are from the first line to the last."""
+    lines = []
+    for done in (1, epochs * per_epoch // 2, epochs * per_epoch):
+        left = days * 86_400 * (1 - done / (epochs * per_epoch))
+        lines.append(train.as_line(dict(
+            step=done, epoch=done / per_epoch, loss=11.0904 if done == 1 else 8.5, loss_per_log_k=1.0, entropy=10.5,
+            kl=0.5, center=3.0, grad_norm=1e5, support=1.0, lr=1e-4, wd=0.04, momentum=0.996, images_per_s=12_345.6,
+            memory_gib=70.1, eta_s=left, bad_files=0, rank=rank), epochs))
+        assert len(lines[-1]) <= 79 and "\n" not in lines[-1]
+        words = lines[-1].split()
+        assert words[0] == "eta" and words.index("loss") < words.index("epoch") and f"/{epochs}" in lines[-1]
+        assert ("rank" in words) == (rank is not None) and "support" in words
+    places = [[line.index(name) for name in ("loss", "epoch", f"/{epochs}", "support")] for line in lines]
+    assert places[0] == places[1] == places[2]
+
+
+def test_a_line_of_the_log_is_what_it_was_measured_to_be():
+    record = dict(epoch=3.456, loss=6.3554, support=0.2441, kl=0.4811, images_per_s=250.4, eta_s=3725.6)
+    assert train.as_line(record, 24) == ("eta 1:02:06   loss  6.355  epoch  3.46/24  support 0.244  kl 0.481  "
+                                         "250 img/s")
+    assert train.as_line(record | dict(rank=12.345, eta_s=1e6), 24) == (
+        "eta 11d 13h   loss  6.355  epoch  3.46/24  rank 12.3  support 0.244  kl 0.481")      # no room for img/s
+
+
+def test_an_epoch_leaves_a_line_on_a_terminal(tmp_path, monkeypatch):
+    """Of lines at steps 1, 3, 4 (end of the first epoch), 6, 9 and 12: those that are the first since an epoch ended.
+    What is said begins on a line of its own, without an empty one."""
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    run(tmp_path / "run", "--log-every", "3")
+    screen = sys.stdout.screen()
+    assert [line.split("epoch")[1].split()[0] for line in screen if "eta" in line] == ["1.00/3", "2.25/3", "3.00/3"]
+    assert screen[-2].startswith("done: ") and screen[-1] == "" and all(screen[:-1])
+    assert sys.stdout.getvalue().count("\033[K") == len(records(tmp_path / "run")) == 6
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def screen(self):
+        """The lines that are seen: what stands before the last return to the beginning of a line is overwritten."""
+        return [line.split("\r")[-1].removesuffix("\033[K") for line in self.getvalue().split("\n")]
+
+
+# ---- one process says why
+@pytest.mark.parametrize("flags, status, message", [
+    ("--nope", 2, "unrecognized arguments: --nope"), ("--help", 0, "usage: "), ("--resume gone", "gone: holds no", ""),
+    ("--data gone", "gone: no such folder", ""), ("--out RUN --lr 9", 2, "begun with other flags; go on with ")])
+def test_other_processes_wait_until_torchrun_ends_them_and_speak_if_it_does_not(
+        monkeypatch, capsys, uninterrupted, flags, status, message):
+    def main():
+        with pytest.raises(SystemExit) as stop:
+            train.main([*LONG, *flags.replace("RUN", str(uninterrupted)).split()])
+        return stop.value.code, "".join(capsys.readouterr())
+
+    slept, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(train, "setup_distributed", lambda: (2, 1, torch.device("cpu")))
+    for name, value in dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="0", MASTER_ADDR="node0", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    code, text = main()                                             # the first process of the second machine
+    assert not slept and message in text and str(status) in str(code)
+    assert bool(text) == isinstance(status, int)                    # a str is what Python prints at the end
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("LOCAL_RANK", "1")
+    try:
+        assert main() == ((code, text) if status else (0, "")) and slept == [30] * bool(status)
+        monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert not status or main() == (None, "")                   # as if nothing had failed here
+        with pytest.raises(SystemExit) as stop, train.one_says_why([signal.SIGTERM]):
+            sys.exit("wrong")
+        assert stop.value.code is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_torchrun_reports_one_process():
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    done = subprocess.run([sys.executable, *launcher, SCRIPT, "--nope"], text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("train.py: error: unrecognized arguments: --nope") == done.stderr.count("usage: ") == 1
+    assert "NO_OTHER_FAILURES" in done.stderr and done.stderr.count("exitcode  :") == 1

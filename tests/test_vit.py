@@ -544,3 +544,16 @@ def test_normalize_remembers_nothing():
     assert type(got) is torch.Tensor and torch.equal(got, expected)
     (got * weight).sum().backward()                                 # of no inference tensor
     assert torch.equal(weight.grad.flatten(), expected.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("convert, kind", [
+    (lambda x: x / 255, "torch.float32"), (lambda x: x.half(), "torch.float16"), (lambda x: x.long(), "torch.int64"),
+    (lambda x: x.numpy(), "ndarray"), (lambda x: Image.fromarray(x.permute(1, 2, 0).numpy()), "Image")])
+def test_normalize_refuses_what_is_no_uint8_tensor(convert, kind):
+    """Floats may be 0 to 1, 0 to 255 or normalised already; the way out that it names gives back the picture."""
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"0 to 255, not {kind};.* \(255 \* x\)\.round\(\)\.byte\(\)"):
+        vit.normalize(convert(image))
+    if kind == "torch.float32":
+        x = transforms.functional.to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        assert torch.equal((255 * x).round().byte(), image)
