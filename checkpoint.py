@@ -766,8 +766,8 @@ def as_flags(args):
 
 
 def plain(args):
-    """The arguments as plain types, for checkpoint and log; the config has a place of its own in both."""
-    return {name: value for name, value in vars(args).items() if name != "config"}
+    """The arguments as plain types, for checkpoint and log, without what the others say, too."""
+    return {name: value for name, value in vars(args).items() if name not in ("config", "recipe")}
 
 
 def write_run(run, folder, step, epoch, numbered):

@@ -188,8 +188,6 @@ def train(args, rank, world, device, stop):
     if args.data != "shapes" and total < 1000:
         log.say(f"few steps; --epochs {math.ceil(1500 / per_epoch)} make the 1,500 in which recipe small was seen to "
                 "learn")
-    if device.type == "cpu" and (days := cpu_days(args, total, world)) > 1:
-        log.say(f"about {days:,.0f} days on this CPU, at 50 GFLOP/s a thread; --recipe small is made for one")
     check_kernel(run, world, device, log.say)
     if start == 0:
         save(run, out, 0, per_epoch)
@@ -289,24 +287,6 @@ def check_kernel(run, world, device, say):
         leave_out_kernel(run.student, run.teacher)
 
 
-def cpu_days(args, steps, world):
-    """Days of so many steps on this CPU, at 50 GFLOP/s a thread: 2 FLOP per weight and token, twice more backward."""
-    c = args.config
-    large, small = (1 + c.registers + (side // c.patch_size) ** 2 for side in (args.image_size, args.local_size))
-    flop = 12 * c.depth * c.dim**2 * (2 * large * (6 + 2) + args.local_crops * small * 6)   # of student and teacher
-    return flop * args.batch_size * steps / (50e9 * torch.get_num_threads() * world) / 86400
-
-
-def nearest_recipe(args):
-    """'recipe small, but for --epochs 9': the row of RECIPES from which `args` differ least, and in what."""
-    names = sorted({name for row in RECIPES.values() for name in row} - {*checkpoint.MAY_CHANGE})
-    differing = {recipe: {name: getattr(args, name) for name in names if getattr(args, name) != row.get(name)}
-                 for recipe, row in RECIPES.items()}
-    recipe = min(differing, key=lambda recipe: len(differing[recipe]))
-    flags = [" ".join(words) for words in checkpoint.as_flags(differing[recipe]).values() if words]
-    return f"recipe {recipe}" + ", but for " * bool(flags) + " ".join(flags[:8]) + " ..." * (len(flags) > 8)
-
-
 def open_data(args):
     """(the images of --data, a line about them); what tells them from others goes to args, and so into the
     checkpoint."""
@@ -331,8 +311,9 @@ def open_data(args):
                 "shapes, embedded; the paper's recipe needs --data DIR")
     # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
     args.fingerprint = checkpoint.fingerprint(os.path.commonpath(paths), paths)
-    line = f"{args.data}, {counted(args.images, 'image')}{passed_over}; {nearest_recipe(args)}"
-    return data.Pictures(paths), line
+    recipe = {None: "the flags of the run", "paper": "the paper's recipe (for GPUs; --recipe small is for a CPU)"}.get(
+        args.recipe, f"recipe {args.recipe}")
+    return data.Pictures(paths), f"{args.data}, {counted(args.images, 'image')}{passed_over}; {recipe}"
 
 
 def open_folder(out, args, is_main):
@@ -601,7 +582,8 @@ def parse_args(argv=None):
         p.error(f"--resume {args.resume} goes on in that folder; drop --out {args.out}")
     if args.resume is not None and choice.recipe:
         p.error(f"--resume {args.resume} goes on with the values of that run; drop --recipe {choice.recipe}")
-    del args.resume, args.recipe                                    # what they stand for is in all the others
+    args.recipe = None if args.resume else choice.recipe or by_data
+    del args.resume
     check_args(p, args)
     return args
 
