@@ -248,7 +248,7 @@ def sizes(q):
     warps = 4 if D <= 64 else 8
     forward = ((64, 64, warps) if T <= 64 else (64 if D <= 64 else 32, 32, 4) if T <= 224 else
                (16, 64, 4) if T <= 512 and D <= 32 else (32, 64, 8) if T <= 512 else (16, 64, 8))
-    return forward, (64, 32, warps), (64, 32, warps)
+    return forward, (64, 32 if D <= 64 else 16, warps), (64, 32, warps)
 
 
 def like(q):

@@ -1,6 +1,6 @@
 """Compile the kernels of entmax_triton.py for the cards people have, without one: does each fit, does any spill?
 
-    python -m paper.kernels                                           all of it: about an hour of one core
+    python -m paper.kernels                                           all of it: some 25 minutes of one core
     python -m paper.kernels --arch 90 --dtype bf16 --tokens 197 --width 64
 
 For q, k, v strided as a projection makes them, as this Triton and its ptxas count: registers and spilled bytes of a
