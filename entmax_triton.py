@@ -40,13 +40,27 @@ import triton.language as tl
 
 # Tokens. Longer rows do not fit, and in float32 their forward pass takes minutes to compile (1,025: 28 s of CPU time).
 LONGEST = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 512}
+# Compute capability. For older cards (T4, RTX 20: 7.5) Triton makes no use of tensor cores, and kilobytes spill.
+OLDEST = 8, 0
 
 
 def supports(q, k, v):
     """Whether the kernel computes this: q, k, v of one shape (B, H, T, D) and type, T <= 2048 or, of float32, 512, and
-    16 <= D <= 128."""
+    16 <= D <= 128, on a card of compute capability 8.0 or newer. AMD's cards are "cuda" to torch, too, and are taken:
+    it compiles for MI200, MI300 and RX 7000, and none has run it. What is not "cuda" the launch refuses."""
     return (q.ndim == 4 and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in LONGEST
-            and q.device == k.device == v.device and 0 < q.size(-2) <= LONGEST[q.dtype] and 16 <= q.size(-1) <= 128)
+            and q.device == k.device == v.device and 0 < q.size(-2) <= LONGEST[q.dtype] and 16 <= q.size(-1) <= 128
+            and not too_old(q.device))
+
+
+@torch.compiler.assume_constant_result                                # Dynamo would look behind the cache, and warn
+def too_old(device):
+    return device.type == "cuda" and capability(device) < OLDEST
+
+
+@functools.cache                                                      # torch takes 6 to 9 us, and every layer asks
+def capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 # ---- tiles of arrays (B, H, T, D) with any strides but the last, which is 1
@@ -110,7 +124,11 @@ def roots(half, inside, top, shift):
 def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, rows, scale,
                    STEPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    TILES: tl.constexpr):
-    """out and tau of BM queries of one head. `rows` is B H T."""
+    """out and tau of BM queries of one head. `rows` is B H T.
+
+    Newton ends when all BM rows are done: a step d leaves mass = sum [u - d]_+^2 <= mass - 2 s d + T d^2 <= 1 + T d^2,
+    as s d = mass - sqrt(mass); so after one with T d^2 <= 1e-7 no more than rounding is left.
+    """
     blocks = tl.cdiv(T, BM)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BM      # neighbours share k and v in L2
     q, k, v = start(q, head, H, qb, qh), start(k, head, H, kb, kh), start(v, head, H, vb, vh)
@@ -119,21 +137,25 @@ def forward_kernel(q, k, v, out, tau, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh
     halves, top = (), tl.full((BM, BN), float("-inf"), tl.float32)    # z/2: TILES arrays (BM, BN) in registers
     for j in tl.static_range(TILES):
         half = by_rows(x, q, i, qt, k, j * BN, kt, T, D, DP, BM, BN) * (scale / 2)
-        half = tl.where(j * BN + tl.arange(0, BN)[None, :] < T, half, float("-inf"))
+        if j == TILES - 1:                                            # no other tile reaches beyond T
+            half = tl.where(j * BN + tl.arange(0, BN)[None, :] < T, half, float("-inf"))
         halves, top = halves + (half,), tl.maximum(top, half)
     top, below = tl.max(top, 1), ()
     for j in tl.static_range(TILES):
         below = below + (halves[j] - top[:, None],)                   # z/2 with its maximum at 0
 
     shift = tl.full((BM,), -1.0, tl.float32)                          # tau of these; entmax.py explains the steps
-    for _ in range(STEPS):
+    left = STEPS
+    while left > 0:
         s, sq = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         for j in tl.static_range(TILES):
-            u = positive(below[j] - shift[:, None])
+            u = tl.clamp(below[j] - shift[:, None], 0.0, 1.0)         # one instruction; drops NaN, which y shows
             s += u
             sq += u * u
         total = tl.sum(sq, 1)
-        shift += (total - tl.sqrt(total)) / tl.sum(s, 1)
+        step = (total - tl.sqrt(total)) / tl.sum(s, 1)
+        shift += step
+        left = tl.where(tl.max((T * step * step > 1e-7).to(tl.int32), 0) > 0, left - 1, 0)      # NaN ends it too
 
     y = tl.zeros((BM, DP), tl.float32)
     for j in tl.static_range(TILES):
@@ -216,15 +238,17 @@ def keys_kernel(q, k, v, dout, tau, delta, dk, dv, qb, qh, qt, kb, kh, kt, vb, v
 def sizes(q):
     """(BM, BN, warps) for each of the three passes.
 
-    A program must keep its part of BM x T scores, and its sums, in 255 registers per thread. These sizes do, or nearly,
-    as ptxas counts for sm_90; which of those that do are the fastest only a GPU can tell.
+    A program must keep its part of BM x T scores, and its sums, in 255 registers per thread. In 16 bits these sizes do
+    up to 257 tokens on all cards of paper/kernels.py, which counts; which of those that do are the fastest only a GPU
+    can tell.
     """
     T, D = q.shape[-2:]
     if q.dtype == torch.float32:
         return (16, 32 if T <= 512 else 64, 8), (32, 16, 4), (32, 16, 4)
     warps = 4 if D <= 64 else 8
-    forward = (64, 64, warps) if T <= 64 else (64, 32, warps) if T <= 256 else (32, 64, 8) if T <= 512 else (16, 64, 8)
-    return forward, (64, 64 if D <= 64 else 32, warps), (64, 32, warps)
+    forward = ((64, 64, warps) if T <= 64 else (64 if D <= 64 else 32, 32, 4) if T <= 224 else
+               (16, 64, 4) if T <= 512 and D <= 32 else (32, 64, 8) if T <= 512 else (16, 64, 8))
+    return forward, (64, 32 if D <= 64 else 16, warps), (64, 32, warps)
 
 
 def like(q):
@@ -238,18 +262,23 @@ def rowwise(x):
     return x if x.stride(-1) == 1 and x.size(2) * x.stride(2) < 2**31 else x.contiguous()
 
 
-def launch(kernel, tensors, strided, size, **constants):
+def compiled_for(q, size, **more):
+    """(constants, options of the compiler) of a pass."""
+    (T, D), (BM, BN, warps) = q.shape[-2:], size
+    return (dict(D=D, DP=triton.next_power_of_2(D), BM=BM, BN=BN, TILES=triton.cdiv(T, BN), **more),
+            dict(num_warps=warps, enable_fp_fusion=True))
+
+
+def launch(kernel, tensors, strided, size, **more):
     """Run a pass on all blocks of BM tokens of all heads; `strided` are those of the tensors that have strides."""
-    q, (BM, BN, warps) = tensors[0], size
+    q, (constants, options) = tensors[0], compiled_for(tensors[0], size, **more)
     if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError("the fused kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before Python starts; use "
                          "fused=False")
     B, H, T, D = q.shape
     strides = (stride for x in strided for stride in x.stride()[:3])
     with torch.cuda.device_of(q), its_way_out():
-        kernel[(B * H * triton.cdiv(T, BM),)](
-            *tensors, *strides, H, T, B * H * T, D**-0.5, D=D, DP=triton.next_power_of_2(D), BM=BM, BN=BN,
-            TILES=triton.cdiv(T, BN), num_warps=warps, enable_fp_fusion=True, **constants)
+        kernel[(B * H * triton.cdiv(T, size[0]),)](*tensors, *strides, H, T, B * H * T, D**-0.5, **constants, **options)
 
 
 @contextlib.contextmanager
@@ -307,8 +336,11 @@ def attention(q, k, v, steps):
     """out (B, H, T, D), its bytes as (B, T, H, D); `steps` of Newton. Differentiable once."""
     if not supports(q, k, v):
         got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
+        if too_old(q.device):
+            got += f" on a card of {'.'.join(map(str, capability(q.device)))}"
         raise ValueError("the fused kernel takes q, k, v of one shape (B, H, T, 16..128) and one type, T up to 2048 in "
-                         f"16 bits and 512 in float32, got {got}; use fused=False")
+                         "16 bits and 512 in float32, and a card of compute capability 8.0 or newer, got "
+                         f"{got}; use fused=False")
     return forward(q, k, v, steps)[0]
 
 
@@ -322,10 +354,13 @@ def check(shape, dtype, device):
     random input beside the eager path, in its numbers and in its time."""
     from entmax import entmax15_attention  # imports this file
 
+    what, device = f"entmax kernel, {tuple(shape)} {str(dtype).removeprefix('torch.')}", torch.device(device)
+    if too_old(device):
+        has = ".".join(map(str, capability(device)))
+        return False, f"{what}: not used, this card is of compute capability {has}, and 8.0 is the oldest it is for"
     ours, eager = (functools.partial(entmax15_attention, fused=fused) for fused in (True, False))
     draws = torch.Generator(device).manual_seed(0)
     inputs = [torch.randn(shape, generator=draws, device=device).to(dtype) for _ in range(4)]
-    what = f"entmax kernel, {tuple(shape)} {str(dtype).removeprefix('torch.')}"
     if not supports(*inputs[:3]):
         return False, f"{what}: not used, it is not made for this"
     try:

@@ -43,7 +43,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 import vit  # noqa: E402
-from entmax import entmax15, entmax15_attention  # noqa: E402
+from entmax import HAS_TRITON, entmax15, entmax15_attention  # noqa: E402
 
 
 def parse_args(argv):
@@ -170,6 +170,8 @@ SHAPES = [(T, 64) for T in (37, 41, 197, 201, 257, 577, 785, 1025, 2048)] + [(19
 def bench_check(args, rest, device):
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("check: this machine has no CUDA card, and without one the kernel is not used")
+    if not importlib.util.find_spec("triton"):
+        raise ValueError("check: Triton is not installed, and without it the kernel is not used")
     import entmax_triton  # not at the top: Triton may be missing
 
     rows = []
@@ -224,8 +226,6 @@ def bench_attention(args, rest, device):
     cases = [(256, 197), (256, 201), (1024, 37), (16, 1025)] if cuda else [(8, 197), (64, 37)]
     attends = {"sdpa": F.scaled_dot_product_attention,
                "entmax15, eager": functools.partial(entmax15_attention, fused=False)}
-    if cuda:
-        attends["entmax15, fused"] = functools.partial(entmax15_attention, fused=True)
     if args.compiled:
         attends["entmax15, eager, compiled"] = torch.compile(attends["entmax15, eager"], fullgraph=True)
     for B, T in cases:
@@ -235,6 +235,12 @@ def bench_attention(args, rest, device):
             q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
             dout = torch.randn(B, T, 6, 64, device=device).to(dtype).transpose(1, 2)
             runs = {name: forward_backward(f, (q, k, v), dout) for name, f in attends.items()}
+            if cuda and HAS_TRITON:
+                import entmax_triton  # not at the top: Triton may be missing
+
+                if entmax_triton.supports(q, k, v):                   # not all cards, nor long rows of float32
+                    runs["entmax15, fused"] = forward_backward(functools.partial(entmax15_attention, fused=True),
+                                                               (q, k, v), dout)
             case = f"({B}, 6, {T}, 64) {str(dtype).removeprefix('torch.')}"
             for row in compare(case, {name: run for name, (run, _) in runs.items()}, "sdpa", args.repeats, device):
                 rows.append(row | runs[row["variant"]][1](device))

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_entmax import layered
+from test_entmax import bisect, layered
+from torch._subclasses import fake_tensor
 
 import entmax
 import vit
 from entmax import entmax15_attention
+from paper import bench
 
 triton = pytest.importorskip("triton")
 import entmax_triton  # noqa: E402
@@ -365,3 +367,114 @@ def test_the_kernel_is_kept_out_by_the_environment_and_where_its_file_is_not(tmp
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
                           env=env | ({"ENTMAX_FUSED": value} if value else {}))
     assert said.stdout.split()[0] == str(expected), said.stderr
+
+
+# ---- Newton ends when all rows of a program are done
+
+def solved(rows, steps):
+    """Weights (n, T), float64, by the tau of one program of 16 rows of T scores: queries pick them out of the keys."""
+    z = torch.stack([*rows, *[rows[0]] * (16 - len(rows))]).float().to(DEVICE)
+    T = z.size(1)
+    q, k = (torch.zeros(1, 1, T, 16, device=DEVICE) for _ in range(2))
+    q[0, 0, :16], k[0, 0] = 4 * torch.eye(16, device=DEVICE), z.nan_to_num(0).t()       # 4 = sqrt(16)
+    q[0, 0, :16][z.isnan().any(1)] = float("nan")                     # in k it would be in all rows
+    out, tau = torch.empty_like(q), torch.empty(2, 1, 1, T, device=DEVICE)
+    constants, options = entmax_triton.compiled_for(q, (16, 64, 8), STEPS=steps)
+    strides = [stride for x in (q, k, q, out) for stride in x.stride()[:3]]
+    entmax_triton.forward_kernel[(1,)](q, k, q, out, tau, *strides, 1, T, T, 16**-0.5, **constants, **options)
+    top, shift = tau[:, 0, 0, :len(rows), None].double()
+    return (z[:len(rows)].double() / 2 - top - shift).clamp_min(0).square()
+
+
+def barely_in(T, above):
+    """The highest score takes nearly all, and the others lie `above` the threshold it would have alone."""
+    return torch.cat([torch.zeros(1), torch.full((T - 1,), 2 * above - 2)])
+
+
+@pytest.mark.parametrize("T", [197, 2048])
+def test_rows_built_to_be_slow_are_done_when_newton_ends(T):
+    """As exact as after eight steps; if sum p only had to be within 1e-4 of 1 before the last, 2e-6 would be left."""
+    for rows in ([layered(T, ratio, growth) for ratio, growth in ((.469, 6.59), (.508, 7.53), (.45, 5.53), (.6, 3.))],
+                 *([barely_in(T, above)] for above in (5e-5, 2.15e-4, 3e-3)),
+                 [scale * torch.randn(T) for scale in (0, .3, 1, 3, 10, 100)]):
+        exact = bisect(torch.stack(rows).float().double().to(DEVICE))
+        assert (solved(rows, 8) - exact).abs().max() < 1e-6
+
+
+def test_newton_takes_the_steps_that_the_slowest_row_of_a_program_needs():
+    """Were it to go on, tau would move by an ulp or two."""
+    def steps(rows):
+        best = solved(rows, 50)
+        return next(n for n in range(50) if torch.equal(solved(rows, n), best))
+    easy, slow = [torch.zeros(197)], [layered(197, .469, 6.59)]
+    many = [torch.randn(197) for _ in range(15)]
+    assert steps(easy) <= 2 < steps(many) == 5 < steps(slow + many) == 6
+
+
+def test_a_row_of_nan_ends_newton_and_leaves_the_others_alone():
+    rows = [*torch.randn(14, 197), layered(197, .469, 6.59), torch.full((197,), float("nan"))]
+    weights = solved(rows, 51)                                        # an odd number: tau may end between two values
+    assert weights[15].isnan().all() and torch.equal(weights[:15], solved(rows[:15], 51))
+
+
+# ---- cards
+
+@pytest.fixture
+def card(monkeypatch):
+    """Tensors without numbers on cuda:0, of the compute capability that is set."""
+    entmax_triton.capability.cache_clear()
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *_: None)
+    monkeypatch.setattr(fake_tensor.FakeTensorMode, "avoid_device_init", property(lambda _: True))
+    asked = []
+    with fake_tensor.FakeTensorMode():
+        yield lambda *capability: monkeypatch.setattr(torch.cuda, "get_device_capability",
+                                                      lambda device: asked.append(device) or capability) or asked
+    entmax_triton.capability.cache_clear()
+
+
+@pytest.mark.parametrize("capability, good", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((8, 9), True),
+                                              ((9, 0), True), ((12, 0), True)])
+def test_old_cards_get_the_eager_lines_and_are_told(monkeypatch, card, capability, good):
+    asked, calls = card(*capability), []
+    monkeypatch.setattr(entmax, "HAS_TRITON", True)
+    monkeypatch.setattr(entmax_triton, "forward", lambda q, k, v, steps: calls.append(q) or (v, None))
+    x = torch.empty(2, 3, 37, 64, dtype=torch.float16, device="cuda:0")
+    for _ in range(3):
+        assert entmax15_attention(x, x, x).shape == x.shape
+    assert len(calls) == 3 * good and asked == [torch.device("cuda:0")]
+    if good:
+        assert entmax15_attention(x, x, x, fused=True) is x
+    else:
+        has = ".".join(map(str, capability))
+        with pytest.raises(ValueError, match=f"8.0 or newer, got .* on a card of {has}; use fused=False"):
+            entmax15_attention(x, x, x, fused=True)
+        line = f"(2, 3, 37, 64) float16: not used, this card is of compute capability {has}, and 8.0 is the oldest"
+        used, said = entmax_triton.check((2, 3, 37, 64), torch.float16, torch.device("cuda", 0))
+        assert not used and line in said
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_card_is_a_constant_to_dynamo(monkeypatch):
+    entmax_triton.capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    compiled = torch.compile(lambda x, device: x + entmax_triton.too_old(device), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1), torch.device("cuda", 0)) == 1 and compiled(torch.zeros(1), torch.device("cpu")) == 0
+    entmax_triton.capability.cache_clear()
+
+
+@pytest.mark.parametrize("capability, triton, fused", [((9, 0), True, 7), ((7, 5), True, 0), ((9, 0), False, 0)])
+def test_bench_attention_leaves_out_what_the_kernel_does_not_take(monkeypatch, card, capability, triton, fused):
+    """Of four shapes in two types, the longest in float32; all of an old card, and where there is no Triton."""
+    card(*capability)
+    cases = []
+    monkeypatch.setattr(bench, "HAS_TRITON", triton)
+    monkeypatch.setattr(bench, "compare", lambda case, runs, *_: cases.append((case, list(runs))) or [])
+    bench.bench_attention(bench.parse_args(["attention"])[0], [], torch.device("cuda", 0))
+    with_kernel = [case for case, runs in cases if "entmax15, fused" in runs]
+    assert len(cases) == 8 and len(with_kernel) == fused and "(16, 6, 1025, 64) float32" not in with_kernel
+
+
+def test_bench_check_without_triton_is_one_line(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="check: Triton is not installed"):
+        bench.bench_check(None, [], torch.device("cuda", 0))
