@@ -104,9 +104,8 @@ class Entmax15(torch.autograd.Function):
     mass = 1 has the same root but takes more steps: left of the root mass bends like a parabola, g hardly (not at all,
     hence one step, when all scores are equal).
 
-    How far it has come is what mass is above 1, and a step squares that: a row of n scores has 0 <= g'' <= n/g, and
-    s >= g bounds the step by g - 1, so g - 1 becomes at most n/2 (g - 1)^2, and mass - 1 about n/4 (mass - 1)^2. From
-    mass - 1 <= sqrt(eps/n), the step just made was the last that is more than rounding.
+    After a step d, mass is sum [u_i - d]_+^2 <= mass - 2 s d + n d^2 = 1 - (g - 1)^2 + n d^2 <= 1 + n d^2 for a row of
+    n scores: once n d^2 is below eps, what is left is rounding.
     """
 
     @staticmethod
@@ -116,7 +115,7 @@ class Entmax15(torch.autograd.Function):
         tau = torch.full_like(top, -1.0)
         u = torch.empty_like(half)                                    # one buffer for u, u^2 and at last p
         may_stop = z.is_cpu and type(z) is torch.Tensor and not torch.compiler.is_compiling()
-        near = 1 + (torch.finfo(z.dtype).eps / (z.size(dim) if z.ndim else 1)) ** 0.5
+        small = (torch.finfo(z.dtype).eps / (z.size(dim) if z.ndim else 1)) ** 0.5
         for _ in range(NEWTON_STEPS):
             torch.sub(half, tau, out=u).relu_()
             s = u.sum(dim, keepdim=True)
@@ -124,8 +123,9 @@ class Entmax15(torch.autograd.Function):
             # The last steps are rounding noise: tau ends in a cycle of one or two ulp, on either side of the root. It
             # cannot run away: u <= 1 gives s >= mass = 1 there, so a step is no larger than the rounding error of
             # mass - sqrt(mass). Nothing needs guarding, and nothing may rely on tau growing or on sum p >= 1.
-            tau += (mass - mass.sqrt()) / s
-            if may_stop and (mass < near).all():                      # before this step; never with a NaN
+            step = (mass - mass.sqrt()) / s
+            tau += step
+            if may_stop and (step < small).all():                     # never with a NaN
                 break
         return torch.sub(half, tau, out=u).relu_().square_().to(dtype)
 
@@ -185,8 +185,8 @@ def entmax15_attention(q, k, v, *, mask=None, fused=None):
     for the product with v.
 
     fused=None takes the kernel of entmax_triton.py for CUDA tensors it supports (one dtype, T <= 2048, in float32 512,
-    16 <= D <= 128, no mask) and else the lines below, which store the (T, T) scores; True and False insist. The kernel
-    has no second derivative.
+    16 <= D <= 128, no mask, compute capability 8.0 or newer) and else the lines below, which store the (T, T) scores;
+    True and False insist. The kernel has no second derivative.
     """
     if fused and mask is not None:
         raise ValueError("the fused kernel takes no mask; use fused=False, or None")

@@ -156,6 +156,7 @@ def fake(monkeypatch, tmp_path):
     """The device; what is yielded watches it."""
     monkeypatch.chdir(tmp_path)
     for name, answer in dict(is_available=True, is_bf16_supported=True, current_device=0, device_count=1,
+                             get_device_capability=(9, 0),
                              get_device_name="a fake", max_memory_allocated=0).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *_: None)
