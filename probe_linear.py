@@ -137,7 +137,7 @@ def train_heads(model, train, classes, args, device, file, stamp):
 def show_progress(file, done, losses, left, args, last):
     """The time left and the least of the (L,) losses; ValueError if no head has a finite loss."""
     loss = losses.nan_to_num(math.inf).min()
-    if loss.isinf():
+    if not loss.isfinite():
         raise ValueError(f"{file}: the loss of every head is not finite by iteration {done:,}; the features of the "
                          f"weights overflow with --amp {args.amp}")
     line = f"{left}  loss of the best rate {loss:.4f}  iteration {done:,}/{args.iters:,}"
