@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 import vit
+from entmax import entmax15_attention, entmax15_sort
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {name: re.sub(r"\\\n +", "", (ROOT / name).read_text()) for name in ("README.md", "paper/README.md")}
@@ -26,6 +28,8 @@ COMMANDS = sorted({line.split("  ")[0] for line in LINES if re.search(r"\.py|-m 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_is_accepted(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "PICTURES").mkdir()
+    (tmp_path / "PICTURES/a.jpg").touch()
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("paper."))
     name = words[script].removesuffix(".py")
@@ -88,3 +92,20 @@ def test_python_lines_run_from_elsewhere_beside_another_entmax(tmp_path):
     assert out.shape == (2, 3, 5, 8) and registers.shape == (1, 0, 32) and patches.shape == (1, 4, 4, 32)
     for got, want in ((cls, expected.cls), (patches, expected.patches), (weights, model.attention(x[None]))):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_eight_lines_put_it_into_an_attention_module():
+    """Those of README, into a module with the names of timm's; against the same with the sort."""
+    lines = re.search(r"In somebody's attention module.*?\n\n(.*?)\n\n\S", TEXTS["README.md"], re.S)[1]
+    attn = torch.nn.Module()
+    attn.qkv, attn.proj, attn.num_heads = torch.nn.Linear(12, 36), torch.nn.Linear(12, 12), 3
+    model = types.SimpleNamespace(blocks=[types.SimpleNamespace(attn=attn)])
+    exec("\n".join(line.removeprefix("    ") for line in lines.split("\n")),
+         dict(entmax15_attention=entmax15_attention, model=model))
+    x = torch.randn(2, 5, 12)
+    q, k, v = attn.qkv(x).view(2, 5, 3, 3, 4).unbind(2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2
+    for mask in None, torch.ones(5, 5, dtype=torch.bool).tril():
+        p = entmax15_sort(scores if mask is None else scores.masked_fill(~mask, -torch.inf))
+        expected = attn.proj(torch.einsum("bhij,bjhd->bihd", p, v).reshape(2, 5, 12))
+        torch.testing.assert_close(attn(x, mask), expected, rtol=0, atol=1e-5)
