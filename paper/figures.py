@@ -418,7 +418,7 @@ def list_pictures(images, count):
     mostly be of its first class."""
     pictures = []
     for path in images:
-        files = data.list_images(path) if os.path.isdir(path) else [path]
+        files = data.list_images(path)[0] if os.path.isdir(path) else [path]
         if not files:
             raise ValueError(f"{path}: holds no picture ({' '.join(vit.SUFFIXES)})")
         for i in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
