@@ -13,7 +13,7 @@ box overlaps the central patch (mean of the central four on an even grid), as ob
 From the same forward, per block: attention support (number of non-zero weights of a row, per head), attention mass from
 patches to [CLS] and to registers, share of high-norm patches (> 5 x the median of their image, before the norm), mean
 cosine of [CLS] with the patches inside and outside the box. The last line printed for each file is its result as JSON,
-also written to --out; block 1/12 of the table comes first in its lists, and is place 0 of --blocks of probe_seg.py.
+also written to --out.
 
 Leaked meaning, of --data shapes only and not in the paper, which shows diffusion by PiB, masks and probes. For every
 block: what a linear readout tells from one patch in scenes of several cards at twice the side.
@@ -344,10 +344,9 @@ def print_table(path, means, counts, leaks):
           + "; AUC by chance 50 %" * bool(leaks))
     print("block  PiB %  cosine inside  outside  high-norm %  patches attend to [CLS] %  to registers %  "
           + "".join(f"{name} %  " for name in leaks) + f"support of {counts['tokens']} tokens, by head")
-    depth = len(means["pib"])
-    for b in range(depth):
+    for b in range(len(means["pib"])):
         row = {name: values[b] for name, values in means.items()}
-        print(f"{f'{b + 1}/{depth}':>5}  {100 * row['pib']:5.1f}  {row['cos_inside']:13.3f}  "
+        print(f"{b:5}  {100 * row['pib']:5.1f}  {row['cos_inside']:13.3f}  "
               f"{row['cos_outside']:7.3f}  {100 * row['high_norm']:11.2f}  "
               f"{100 * row['to_cls']:25.2f}  {100 * row['to_registers']:14.2f}  "
               + "".join(f"{values[b]:{len(name) + 2}.1f}  " for name, values in leaks.items())

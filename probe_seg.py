@@ -541,7 +541,7 @@ def evaluate(path, args, device, data):
 
     metrics = summarize(history, kinds, args)
     for head in metrics["heads"]:
-        print(f"block {head['block'] + 1}/{config.depth}{', [CLS] beside' * head['concat_cls']}: "       # as in figures
+        print(f"block {head['block']}{', [CLS] beside' * head['concat_cls']}: "
               f"mIoU {show(head['miou_seeds'])} at the best evaluation, {show(head['miou_last_seeds'])} at the last")
     print(f"{path}: mIoU {show(metrics['miou_seeds'])}; {metrics['miou_constant']:.2f} % of the most frequent class "
           "everywhere" + f"; ± is over {args.seeds} heads on one backbone, not of pretraining" * (args.seeds > 1))
@@ -569,8 +569,7 @@ def parse_args(argv=None):
     p.add_argument("--stride", type=int, help="between windows, pixels; default 2/3 of --crop, 341 of 512")
     p.add_argument("--short-side", type=int, help="of pictures, pixels; times 0.5 to 2 in training")
     # heads
-    p.add_argument("--blocks", nargs="+", default=["-1"], help="all, or places as in Python and JSON: 0 "
-                   "is block 1 of tables and figures, -1 the last")
+    p.add_argument("--blocks", nargs="+", default=["-1"], help="0-based, -1 is the last; or all")
     p.add_argument("--concat-cls", choices=["no", "yes", "both"], default="no", help="[CLS] beside each patch")
     p.add_argument("--iters", type=int, help="iterations; the schedule scales with them")
     p.add_argument("--batch-size", type=int, help="images per iteration; at most so many windows per forward")

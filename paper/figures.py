@@ -111,7 +111,7 @@ def attention(args):
     for path, label, model in open_models(args):
         P, block = model.config.patch_size, model.index(args.block)
         size = size or model.config.image_size
-        label += f", block {block + 1}/{model.config.depth}"
+        label += f", block {block} of 0 to {model.config.depth - 1}"
         for name, image in open_images(args, size, P):
             weights = look(lambda m, x, b=block: m.attention(x, b)[:, :, 0], model, image, path)        # (H, T)
             maps = weights[:, 1 + model.config.registers:].reshape(len(weights), -1, image.shape[2] // P)
@@ -242,7 +242,7 @@ def heatmap(args):
         title += "; chance 50 %"
     high = np.nanmax(abs(values)) or 1.0
     low, high = args.range or ((-high, high) if others else (np.nanmin(values), np.nanmax(values)))
-    save(draw_map(values, [block + 1 for block in blocks], epochs, title, low, high, args.width, stars), args.out)
+    save(draw_map(values, blocks, epochs, title, low, high, args.width, stars), args.out)
 
 
 def draw_map(values, blocks, epochs, title, low, high, width, stars=None):
@@ -553,8 +553,7 @@ def parse_args(argv=None):
         "pca": "a row per picture: input, then for every checkpoint the PCA of its patches as RGB, with colours that "
                "are not comparable between columns",
         "attention": "a row per checkpoint and picture: input, then the [CLS] row of every head, grey where exactly 0",
-        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint; mean over runs; block 1 "
-                   "is place 0 in the results",
+        "heatmap": "block x epoch from results of pib.py or probe_seg.py, one per checkpoint; mean over runs",
         "curves": "log.jsonl of several runs, a panel per key",
     }
     subs = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False,
@@ -583,8 +582,7 @@ def parse_args(argv=None):
     subs["pca"].add_argument("--foreground", action="store_true", help="second PCA, of the patches above 0 on the "
                              "first component; by its sign rule mostly the smaller side")
     subs["pca"].add_argument("--smooth", action="store_true", help="bilinear between patches")
-    subs["attention"].add_argument("--block", type=int, default=-1, help="a place as in Python and JSON: 0 is "
-                                   "block 1 of tables and figures, -1 the last")
+    subs["attention"].add_argument("--block", type=int, default=-1, help="0-based, -1 is the last")
     subs["heatmap"].add_argument("--results", nargs="+", required=True, metavar="JSON", help="of runs of one method")
     subs["heatmap"].add_argument("--minus", nargs="+", metavar="JSON", help="of another method, to subtract by seed")
     subs["heatmap"].add_argument("--metric", help="default: pib or miou")

@@ -386,7 +386,7 @@ def test_heatmap_reads_results_in_the_order_of_epochs(tmp_path, monkeypatch, cap
     values, blocks, epochs, title, low, high, width, stars = seen[-1]
     assert width == 800 and stars is None
     assert values.tolist() == [[0, 20, 100], [10, 30, 110], [20, 40, 120]]
-    assert blocks == [1, 2, 3] and epochs == [0, 20, 100] and (low, high) == (0, 120)
+    assert blocks == [0, 1, 2] and epochs == [0, 20, 100] and (low, high) == (0, 120)
     assert title.endswith("shapes, entmax15 + 2 registers + specialize; chance 12.5 %, 1,234 images")
     draw(tmp_path / "x.png", "heatmap", "--results", *files, "--metric", "support", "--range", "-1", "7")
     assert seen[-1][0].tolist() == [[1, 11, 51], [2, 12, 52], [3, 13, 53]] and seen[-1][4:6] == (-1, 7)
@@ -444,7 +444,7 @@ def test_runs_of_several_seeds_are_averaged(tmp_path, drawn):
     for b in range(3):
         for e in range(2):
             assert shown[b, e] == pytest.approx((values[0, b, e] + values[1, b, e] + values[2, b, e]) / 3)
-    assert (blocks, epochs, stars) == ([1, 2, 3], [0, 4], None) and (low, high) == (shown.min(), shown.max())
+    assert (blocks, epochs, stars) == ([0, 1, 2], [0, 4], None) and (low, high) == (shown.min(), shown.max())
     assert title == ("mIoU, %, best evaluation; shapes, entmax15 + 2 registers + specialize, mean of 3 seeds, "
                      "head on patches")
     files, values = seeded(tmp_path / "p", (0, 4), (1, 2), "pib")
@@ -477,7 +477,7 @@ def test_differences_are_of_equal_seeds(tmp_path, drawn):
     np.testing.assert_allclose(shown, pairs.mean(0))
     assert stars.tolist() == [[(pairs[:, b, e] > 0).all() or (pairs[:, b, e] < 0).all() for e in range(2)]
                               for b in range(3)]
-    assert 0 < stars.sum() < 6 and (blocks, epochs) == ([1, 2, 3], [0, 4])
+    assert 0 < stars.sum() < 6 and (blocks, epochs) == ([0, 1, 2], [0, 4])
     assert high == -low == abs(shown).max()
     assert title == ("mIoU, %, best evaluation; shapes, entmax15 - softmax, mean of 3 seeds (*: all of one sign, by "
                      "chance 1 in 4), head on patches")

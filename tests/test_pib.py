@@ -527,7 +527,7 @@ def test_shapes_run_folder_and_random(tmp_path, capsys, monkeypatch):
     assert "auc_own %  auc_other %  auc_background %" in header and "AUC by chance 50 %" in lines[-6]
     for b, row in enumerate(blocks):
         expected = [last["metrics"][f"auc_{kind}"][b] for kind in ("own", "other", "background")]
-        assert row.split()[7:10] == [f"{value:.1f}" for value in expected]
+        assert row.split()[0] == str(b) and row.split()[7:10] == [f"{value:.1f}" for value in expected]
     assert (tmp_path / "run/checkpoint_0002.pib.shapes.json").exists()
     kept = [s for s in pib.Shapes("val", 32, 40)
             if (s["box"][2] - s["box"][0]) * (s["box"][3] - s["box"][1]) < 256]

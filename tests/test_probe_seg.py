@@ -1430,9 +1430,8 @@ def test_lists_of_powershell_are_read_and_empty_ones_named(tmp_path, capsys, che
                                                               "the name of an image per line")
 
 
-def test_printed_blocks_are_counted_from_one_of_the_depth(few_scenes, checkpoint, capsys):
-    """As in figures and in pib.py's table; flags and JSON count as Python does."""
+def test_blocks_have_one_number_in_flags_lines_and_results(few_scenes, checkpoint, capsys):
     probe_seg.main(["--weights", checkpoint, "--iters", "1", "--blocks", "0", "-1"])
     *_, first, last, _, line = capsys.readouterr().out.splitlines()
-    assert first.startswith("block 1/2: mIoU ") and last.startswith("block 2/2: mIoU ")
+    assert first.startswith("block 0: mIoU ") and last.startswith("block 1: mIoU ")
     assert [head["block"] for head in json.loads(line)["metrics"]["heads"]] == [0, 1]
