@@ -114,7 +114,7 @@ class Entmax15(torch.autograd.Function):
         half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
         tau = torch.full_like(top, -1.0)
         u = torch.empty_like(half)                                    # one buffer for u, u^2 and at last p
-        may_stop = z.is_cpu and type(z) is torch.Tensor and not torch.compiler.is_compiling()
+        may_stop = z.is_cpu and type(z) is torch.Tensor and z.numel() and not torch.compiler.is_compiling()
         small = (torch.finfo(z.dtype).eps / (z.size(dim) if z.ndim else 1)) ** 0.5
         for _ in range(NEWTON_STEPS):
             torch.sub(half, tau, out=u).relu_()
@@ -125,7 +125,7 @@ class Entmax15(torch.autograd.Function):
             # mass - sqrt(mass). Nothing needs guarding, and nothing may rely on tau growing or on sum p >= 1.
             step = (mass - mass.sqrt()) / s
             tau += step
-            if may_stop and (step < small).all():                     # never with a NaN
+            if may_stop and step.amax() < small:                      # never with a NaN
                 break
         return torch.sub(half, tau, out=u).relu_().square_().to(dtype)
 

@@ -15,6 +15,7 @@ failure and starts the run again, unless the signal reached torchrun itself, as 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import io
@@ -373,6 +374,15 @@ class Meter:
         self.loss_sum, self.steps, self.clock = 0, 0, time.perf_counter()
 
 
+def keep_memory():
+    """On a CPU: let glibc keep what a step frees for the next one. It would give the pages back to the system and take
+    them again, filled with zeros, which is a tenth of a step's time."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # other systems' C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)                                     # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD
+
+
 def peak_memory():
     """Bytes that this process has held at most; 0 where the system does not say."""
     try:
@@ -643,6 +653,8 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
+    if device.type == "cpu":
+        keep_memory()
     with checkpoint.noted_signals() as stop:
         try:
             train(args, rank, world, device, stop)

@@ -273,6 +273,8 @@ def bench_step(args, rest, device):
     first = settings["softmax"]
     if device.type == "cuda" and first.amp != "off":
         torch.set_float32_matmul_precision("high")                    # as train.py does
+    if device.type == "cpu":
+        train.keep_memory()
     steps = {name: stepper(a, device)[0] for name, a in settings.items()}
     case = (f"dim {first.config.dim} depth {first.config.depth}, 2 x {first.image_size} + {first.local_crops} x "
             f"{first.local_size}, batch {first.batch_size}, amp {first.amp}{', compiled' * first.compile}")
