@@ -230,10 +230,11 @@ def unwrap(content):
     torch.compile and frameworks put before every key; DINO's head, `head.*` beside `backbone.*`, is dropped."""
     if not isinstance(content, dict):
         raise ValueError(f"the weights are a {type(content).__name__}, not a dict of tensors")
-    while inside := [key for key, value in content.items() if holds_network(value)]:
+    for _ in range(4):
+        inside = [key for key, value in content.items() if holds_network(value)]
         if len(inside) > 1:
             raise ValueError(f"it holds several networks, {listed(inside)}; save the one to be measured alone")
-        content = content[inside[0]]
+        content = content[inside[0]] if inside else content
     state, prefix = {str(key): value for key, value in content.items()}, None
     while prefix != "":
         if any(key.startswith("backbone.") for key in state):
@@ -244,9 +245,11 @@ def unwrap(content):
     return state
 
 
-def holds_network(value):
-    return isinstance(value, dict) and any(str(name).endswith("cls_token") or holds_network(part)
-                                           for name, part in value.items())
+def holds_network(value, depth=4):
+    """Whether a dict, or one in it, is a ViT's; down to a depth, as a file may hold loops."""
+    return depth > 0 and isinstance(value, dict) and any(
+        str(name).endswith("cls_token") if isinstance(part, torch.Tensor) else holds_network(part, depth - 1)
+        for name, part in value.items())
 
 
 def refuse_odd_arrays(state):
@@ -730,7 +733,7 @@ class Eta:
 
     def __call__(self, done):
         now = time.perf_counter()
-        seconds = (now - self.clock) / (done - self.done) * (self.total - done)
+        seconds = (now - self.clock) / max(1, done - self.done) * (self.total - done)
         if not self.started:
             self.done, self.clock, self.started = done, now, True
         return time_left(seconds)
@@ -760,6 +763,8 @@ def as_flags(args):
     """{name: [words of the command line]} of arguments; [] for what is not given."""
     def words(name, value):
         values = [] if value is True else value if isinstance(value, list) else [value]
+        if name == "norm_last_layer" and value is False:            # a recipe may turn it on
+            return ["--no-norm-last-layer"]
         return [] if value is None or value is False else [flag(name), *map(str, values)]
 
     return {name: words(name, value) for name, value in args.items() if name not in FACTS}
@@ -926,10 +931,10 @@ def export(path, which, heads, out):
            "other features without an error)"] * (c.attn != "softmax")
     own += [f"{c.registers} register_tokens between [CLS] and the patches"] * (c.registers > 0)
     own += ["weights of its own for [CLS], *_cls.*"] * c.specialize
-    loaded = f".load_state_dict(torch.load({str(out)!r}))"
-    print(f"no plain ViT, so not for timm: {'; '.join(own)}. Here: vit.VisionTransformer(vit.{c}){loaded}" if own else
-          f"timm: timm.models.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.dim}, "
-          f"depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes=0){loaded}")
+    loaded = f"; model.load_state_dict(torch.load({str(out)!r}))"
+    print(f"no plain ViT, so not for timm: {'; '.join(own)}. Here: model = vit.VisionTransformer(vit.{c})" if own else
+          f"timm: model = timm.models.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim="
+          f"{c.dim}, depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes=0)", end=loaded + "\n")
 
 
 def main(argv=None):

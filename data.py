@@ -58,10 +58,10 @@ class MultiCrop:
         whole: (height, width) of the picture that `image` is a smaller copy of; the boxes are drawn for that one.
         """
         whole = whole or image.shape[1:]
-        y, x = image.shape[1] / whole[0], image.shape[2] / whole[1]
+        n = round(whole[0] / image.shape[1])                        # a pixel of the copy covers n x n of the picture
         crops = []
         for size, (top, left, height, width) in self.boxes(*whole, rng):
-            top, bottom, left, right = (round(at) for at in (y * top, y * (top + height), x * left, x * (left + width)))
+            top, bottom, left, right = (round(at / n) for at in (top, top + height, left, left + width))
             crops.append(resized_crop(image, top, left, bottom - top, right - left, (size, size),
                                       InterpolationMode.BICUBIC, antialias=True))
         large, small = torch.stack(crops[:2]), crops[2:]
@@ -277,9 +277,9 @@ class Pictures:
         return os.fsdecode(self.block[self.ends[i]:self.ends[i + 1]].tobytes())
 
     def __getitem__(self, i):
-        return self.read(i, lambda height, width: 1)[0]
+        return self.read(i)[0]
 
-    def read(self, i, divisor):
+    def read(self, i, divisor=lambda height, width: 1):
         """(picture i, (height, width) of its file): a JPEG comes smaller by the 1, 2, 4 or 8 of divisor(height, width),
         which takes a fraction of the time."""
         with Image.open(self.name(i)) as image:

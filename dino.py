@@ -168,7 +168,7 @@ def forward_crops(backbone, head, views):
 
 def collapse(history, log_k):
     """A warning where the last five log records sit in one of DINO's two collapses, or in fewer directions than the
-    first one, else None. log_k: ln K."""
+    first of them, else None. history: the log records since this process began; log_k: ln K."""
     last = history[-5:]
     if len(last) < 5:
         return None
@@ -179,7 +179,7 @@ def collapse(history, log_k):
         return ("the loss sits at ln K: teacher or student is uniform. Try a lower --center-momentum or "
                 "--teacher-temp, a longer --warmup-epochs, a lower --lr, or --norm-last-layer")
     if all(r["rank"] < 0.6 * history[0]["rank"] for r in last):     # it varies by a tenth among batches of 32
-        return (f"the effective rank of [CLS] is {last[-1]['rank']:.1f}, after {history[0]['rank']:.1f} at first: "
+        return (f"the effective rank of [CLS] has fallen from {history[0]['rank']:.1f} by more than a third: "
                 "images get alike. Try a lower --lr, a --momentum nearer 1, or --norm-last-layer")
     return None
 

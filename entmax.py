@@ -114,7 +114,8 @@ class Entmax15(torch.autograd.Function):
         half = torch.add(top / -2, z, alpha=0.5)                      # z/2 with its maximum at 0; -inf stays -inf
         tau = torch.full_like(top, -1.0)
         u = torch.empty_like(half)                                    # one buffer for u, u^2 and at last p
-        may_stop = z.is_cpu and type(z) is torch.Tensor and z.numel() and not torch.compiler.is_compiling()
+        traced = type(z) is not torch.Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        may_stop = z.is_cpu and z.numel() and not traced
         small = (torch.finfo(z.dtype).eps / (z.size(dim) if z.ndim else 1)) ** 0.5
         for _ in range(NEWTON_STEPS):
             torch.sub(half, tau, out=u).relu_()
@@ -190,6 +191,8 @@ def entmax15_attention(q, k, v, *, mask=None, fused=None):
     """
     if fused and mask is not None:
         raise ValueError("the fused kernel takes no mask; use fused=False, or None")
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be bool or floating-point, got {mask.dtype}; mask.bool() where 1 is a key to see")
     if fused or (fused is None and mask is None and q.is_cuda and HAS_TRITON):
         import entmax_triton  # not at the top: where nothing can use it, nothing needs it
 

@@ -32,7 +32,8 @@ import vit
 from shapes import FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it.
-PAPER = dict(iters=38_400, batch_size=16, lr=1e-3, evaluations=24, workers=10, save_every=800, log_every=100)
+PAPER = dict(iters=38_400, batch_size=16, lr=1e-3, evaluations=24, save_every=800, log_every=100,
+             workers=min(10, os.cpu_count() or 1))
 RECIPES = {
     "nyu": dict(PAPER, crop=(416, 544)),
     "kitti": dict(PAPER, crop=(352, 704)),

@@ -41,7 +41,7 @@ import vit
 from shapes import CLASSES, FINGERPRINT, Shapes
 
 # What --data selects. Shapes are not augmented: one frozen forward is kept and the heads train on it in seconds.
-PAPER = dict(iters=12_500, batch_size=1024, workers=10, save_every=500, log_every=100)
+PAPER = dict(iters=12_500, batch_size=1024, workers=min(10, os.cpu_count() or 1), save_every=500, log_every=100)
 SHAPES = dict(iters=1_000, batch_size=256, workers=0, save_every=500, log_every=200)
 RECIPES = {"imagenet": PAPER, "folder": PAPER, "shapes": SHAPES}
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)     # per 256 images
@@ -176,7 +176,7 @@ def batches(model, train, args, device, start):
 # ------------------------------------------------------------------------------------------- data
 TREE = "train/<class>/*.jpg and val/<class>/*.jpg, or with --data folder <class>/*.jpg alone"
 IMAGENET = {"train": 1_281_167, "val": 50_000}                      # pictures
-OTHER_SPLITS = {"training", "valid", "validation", "test", "testing"}           # which are no classes
+OTHER_SPLITS = {"train", "val", "training", "valid", "validation", "test", "testing"}           # which are no classes
 ORDER, CROP = range(2)                                              # streams of random numbers
 
 
@@ -224,7 +224,7 @@ def hold_out(root, size, args):
     val, samples = copy.copy(train), train.samples
     odd = [name for name in train.classes if name.lower() in OTHER_SPLITS]
     if odd:
-        sys.exit(f"{root}: {', '.join(odd)} is no class but a split; {root} must hold {TREE}")
+        sys.exit(f"{root}: {', '.join(odd)} cannot be classes, but splits; {root} must hold {TREE}")
     train.samples, val.samples = [], []
     for label, files in itertools.groupby(samples, key=lambda sample: sample[1]):
         files = sorted(files, key=lambda sample: hash_name(os.path.relpath(sample[0], root)))

@@ -36,7 +36,8 @@ from shapes import FINGERPRINT, Shapes
 # What --data selects, and what is in it. Shapes are not augmented: one frozen forward is kept, the heads train on it,
 # until they have converged: twice the iterations change the mIoU by less than the head's seed does (+0.11 and -0.03
 # points, sd of three seeds 0.17 and 0.34; 1,000 give 0.5 less). Chosen on one untrained and one softmax network alone.
-PAPER = dict(iters=40_000, batch_size=16, lr=1e-3, evaluations=8, crop=512, workers=10, save_every=1000, log_every=100)
+PAPER = dict(iters=40_000, batch_size=16, lr=1e-3, evaluations=8, crop=512, save_every=1000, log_every=100,
+             workers=min(10, os.cpu_count() or 1))
 RECIPES = {                                                         # aspect: at most so many short sides long
     "voc": dict(PAPER, short_side=512, aspect=4, classes=21, train=1_464, val=1_449),
     "ade20k": dict(PAPER, short_side=512, aspect=math.inf, classes=150, train=20_210, val=2_000),

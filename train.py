@@ -168,6 +168,7 @@ def train(args, rank, world, device, stop):
     _lock, resumed, start = open_folder(out, args, is_main)         # the lock is held until this function returns
     log = checkpoint.Log(out, is_main, start)
     log.say(first_line)
+    after = next_command(args, out / "checkpoint.pt")               # now that the data are there
     if start == total:
         log.say(f"{out}: finished, {counted(args.epochs, 'epoch')} done; nothing to do. "
                 "Give another --out to train again")
@@ -217,7 +218,7 @@ def train(args, rank, world, device, stop):
             log.say(f"stopped by signal {asked[0]} after step {done}, saved; run the same command again to go on")
             sys.exit(128 + asked[0])
 
-    log.say(f"done: {out / 'checkpoint.pt'}; next: {next_command(args, out / 'checkpoint.pt')}")
+    log.say(f"done: {out / 'checkpoint.pt'}; next: {after}")
 
 
 @torch.no_grad()
@@ -309,11 +310,12 @@ def open_data(args):
                  f"{args.batch_size}; {way_out}")
     if args.data == "shapes":                                       # rendered once: 2,000 scenes of 64 px are 24 MB
         return (torch.stack([scene["image"] for scene in Shapes("train", args.image_size, args.length)]),
-                "shapes, embedded; the paper's recipe needs --data DIR")
+                "shapes, embedded; " + ("the paper's recipe needs --data DIR" if args.recipe in (None, "shapes") else
+                                        f"recipe {args.recipe} where no flag says otherwise"))
     # below the deepest common folder: data that moved, or whose train/ is given by itself, stay the same
     args.fingerprint = checkpoint.fingerprint(os.path.commonpath(paths), paths)
-    recipe = {None: "the flags of the run", "paper": "the paper's recipe (for GPUs; --recipe small is for a CPU)"}.get(
-        args.recipe, f"recipe {args.recipe}")
+    recipe = "the flags of the run" if args.recipe is None else f"recipe {args.recipe} where no flag says otherwise"
+    recipe += "; it is for GPUs, --recipe small for a CPU" * (args.recipe == "paper")
     return data.Pictures(paths), f"{args.data}, {counted(args.images, 'image')}{passed_over}; {recipe}"
 
 
@@ -475,12 +477,13 @@ def leaves(rank, world, start, done, loss):
 
     Each notes in the store of the run the step at which it was asked, and trains on until it sees that all have. They
     leave one step after the largest: none finishes that before the last one asked has begun it, and so has noted.
-    If some are not asked within five seconds, the main process leaves; the others go when they find it gone.
+    If some are not asked within PATIENCE seconds, the main process leaves; the others go when they find it gone.
     """
     if world == 1:
         return True
     loss.item()                                                     # the device is here, too, not just the host
-    store, keys = dist.distributed_c10d._get_default_store(), [f"leaves {start} {k}" for k in range(world)]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")          # what an earlier one noted says nothing
+    store, keys = dist.distributed_c10d._get_default_store(), [f"leaves {attempt} {start} {k}" for k in range(world)]
     if not store.check([keys[rank]]):
         store.set(keys[rank], f"{done} {time.time()}")
     if not store.check(keys):
@@ -508,7 +511,7 @@ def one_says_why(asked=()):
             sys.exit()
         if error.code:                                              # not so after --help
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # as 0, which torchrun's report leaves out
-            time.sleep(30)                                          # as long as torchrun waits for a process
+            time.sleep(5)                                           # longer than torchrun takes to notice
             print(said.getvalue(), end="", file=sys.stderr)
         raise
 
@@ -623,7 +626,8 @@ def check_args(p, args):
         if side % args.patch_size:
             p.error(f"{name} {side} is not a multiple of --patch-size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
-        p.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+        p.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}; give "
+                f"--warmup-epochs {args.epochs - 1}")
     network = "patch_size image_size attn registers specialize drop_path dim depth heads".split()
     given = {name: getattr(args, name) for name in network if getattr(args, name) is not None}
     try:

@@ -421,7 +421,7 @@ def list_pictures(images, count):
         files = data.list_images(path)[0] if os.path.isdir(path) else [path]
         if not files:
             raise ValueError(f"{path}: holds no picture ({' '.join(vit.SUFFIXES)})")
-        for i in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
+        for i in checkpoint.spread(len(files), count):
             name = os.path.relpath(files[i], path) if os.path.isdir(path) else os.path.basename(path)
             pictures.append((" ".join(checkpoint.printable(name).split()), files[i]))
     return pictures

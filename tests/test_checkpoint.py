@@ -841,7 +841,8 @@ def test_an_export_that_is_no_plain_vit_says_what_it_needs(tmp_path, capsys, met
     state, content, (_, line) = exported(tmp_path, capsys, "--which", "student", **method)
     assert all(torch.equal(state[key], content["student"][key]) for key in content["student"])
     assert line.startswith("no plain ViT, so not for timm: ") and all(words in line for words in said)
-    call = line.partition("Here: vit.")[2].replace("vit.ViTConfig", "ViTConfig").partition(".load_state_dict")[0]
+    call = line.partition("Here: model = vit.")[2].partition("; model.load_state_dict")[0]
+    call = call.replace("vit.ViTConfig", "ViTConfig")
     model = eval(call)                                              # what is printed takes the file
     model.load_state_dict(state)
     assert model.config.attn == content["config"]["attn"]
@@ -1009,3 +1010,18 @@ def test_probes_tell_the_time_left_of_what_takes_long(tmp_path, monkeypatch, cap
     assert json.loads(last)["probe"] in ("knn", "linear", "seg", "depth", "pib")
     for what in told:
         assert any(line.startswith("eta ") and what in line and len(line) <= 79 for line in lines), (what, lines)
+
+
+def test_what_lies_beside_the_weights_is_no_second_network(tmp_path):
+    """An optimizer's state by name, settings, loops, and dicts that share what is in them."""
+    model = tiny(**FOREIGN)
+    deep = {}
+    for _ in range(40):
+        deep = {"a": deep, "b": deep}
+    beside = {"optimizer": {"state": {"cls_token": {"exp_avg": torch.zeros(2)}}}, "cfg": {"use_cls_token": True},
+              "shapes": {"cls_token": [1, 1, 192]}, "deep": deep}
+    assert disk.unwrap({"model": model.state_dict(), **beside}).keys() == model.state_dict().keys()
+    loop = dict(model.state_dict())
+    loop["self"] = loop
+    with pytest.raises(ValueError, match="self"):
+        disk.refuse_misfits("x", disk.unwrap(loop), model.state_dict())

@@ -395,7 +395,6 @@ def weights(request, tmp_path):                                     # before `fa
     (probe_seg, "--iters 2 --concat-cls both --blocks 1 -1", "bf16")])
 def test_a_probe_runs_on_the_device_from_weights_to_result(weights, fake, monkeypatch, module, flags, amp):
     monkeypatch.setattr(module, "Shapes", lambda split, size, n=8, cards=1: Shapes(split, size, 8, cards))
-    fake.answers["print_progress"] = False                          # is the loss of all heads infinite?
     module.main(["--weights", str(weights), *flags.split(), "--amp", amp, "--out", "result.json"])
     result, half = json.loads(Path("result.json").read_text()), HALF[amp]
     assert result["metrics"]

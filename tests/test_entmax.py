@@ -462,3 +462,15 @@ def test_exports_for_inference():
         exported = torch.export.export(Attention(), inputs).module()
     expected = entmax15_attention(*(x.double() for x in inputs))                # the graph takes all steps: other bits
     assert (exported(*inputs) - expected).abs().max() < 1e-6
+
+
+def test_tracers_get_the_fixed_count():
+    from torch.fx.experimental.proxy_tensor import make_fx
+    x = torch.randn(3, 7)
+    assert (make_fx(lambda x: entmax15(x))(x)(x) - bisect(x)).abs().max() < 1e-6
+
+
+def test_a_mask_of_integers_is_refused():
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(TypeError, match="bool or floating-point, got torch.int64"):
+        entmax15_attention(q, q, q, mask=torch.ones(3, 3, dtype=torch.int64))

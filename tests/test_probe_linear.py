@@ -933,7 +933,8 @@ def test_the_split_is_in_the_protocol_where_there_was_none(tmp_path, checkpoint,
     ({"blue": 3, "red": 1, "sky": 1}, [], "own: one picture each of red, sky, not enough for .*--allow-partial"),
     ({"red": 1, "sky": 1}, ["--allow-partial"], "own: one picture each of red, sky"),   # and nothing to score
     ({"blue": 3}, [], "own: one class, blue"),
-    ({"training": 3, "validation": 3}, [], "own: training, validation is no class but a split; .* must hold train/"),
+    ({"training": 3, "validation": 3}, [], "own: training, validation cannot be classes, but splits; .* must hold "),
+    ({"Train": 3, "Val": 3}, [], "own: Train, Val cannot be classes, but splits; .* must hold "),
     ({}, [], "own must hold train/<class>.* and val/<class>.*, or with --data folder <class>"),
 ])
 def test_what_cannot_be_split_is_refused(tmp_path, capsys, counts, flags, message):

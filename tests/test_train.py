@@ -605,10 +605,10 @@ def test_finished_run_says_so_and_touches_nothing(uninterrupted, capsys):
 @pytest.mark.parametrize("flags, way", [
     ("--lr 0.5", "with --lr 0.008"), ("--attn softmax", "with --attn entmax15"), ("--seed 3", "with --seed 0"),
     ("--length 64", "with --length 128"), ("--local-scale 0.1 0.4", "with --local-scale 0.05 0.4"),
-    ("--norm-last-layer --compile", "without --compile or --norm-last-layer"),
+    ("--norm-last-layer --compile", "with --no-norm-last-layer, without --compile"),
     ("--arch tiny", "without --arch"),
     ("--workers 3 --epochs 9 --norm-last-layer --lr 1 --global-scale 0.5 1 --save-steps 3",
-     "with --epochs 3 --global-scale 0.4 1.0 --lr 0.008, without --norm-last-layer"),
+     "with --epochs 3 --global-scale 0.4 1.0 --lr 0.008 --no-norm-last-layer"),
 ])
 def test_all_changed_flags_are_refused_in_one_line_that_can_be_pasted(uninterrupted, capsys, flags, way):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
@@ -1390,12 +1390,13 @@ def test_own_pictures_from_first_line_to_next_command(tmp_path, capsys):
     run(out, *flags, base=[])
     text = capsys.readouterr().out
     first, _, few, *_, last = text.splitlines()
-    assert first == (f"{root}, 18 images (passed over: 2 .heic, 1 .mov, 1 without suffix); recipe small")
+    assert first == (f"{root}, 18 images (passed over: 2 .heic, 1 .mov, 1 without suffix); recipe small where no flag "
+                     "says otherwise")
     assert few.startswith("few steps; --epochs 750 make the 1,500 ") and text.count("unreadable") == 1
     assert last == (f"done: {out}/checkpoint.pt; next: python probe_linear.py --knn --data folder --root "
                     f"'{root}' --weights {out}/checkpoint.pt")
     for again, values in ((["--resume", str(out)], "the flags of the run"),
-                          ([*flags, "--out", str(out)], "recipe small")):
+                          ([*flags, "--out", str(out)], "recipe small where no flag says otherwise")):
         train.main(again)
         text = capsys.readouterr().out
         assert "finished, 2 epochs done" in text and text.splitlines()[0].endswith(f"; {values}")
@@ -1501,7 +1502,7 @@ def test_other_processes_wait_until_torchrun_ends_them_and_speak_if_it_does_not(
     assert bool(text) == isinstance(status, int)                    # a str is what Python prints at the end
     monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("LOCAL_RANK", "1")
     try:
-        assert main() == ((code, text) if status else (0, "")) and slept == [30] * bool(status)
+        assert main() == ((code, text) if status else (0, "")) and slept == [5] * bool(status)
         monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert not status or main() == (None, "")                   # as if nothing had failed here
         with pytest.raises(SystemExit) as stop, train.one_says_why([signal.SIGTERM]):
