@@ -430,7 +430,7 @@ def test_one_run_is_drawn_as_it_is_with_a_seed_or_without(tmp_path, drawn):
         draw(tmp_path / f"{name}.png", "heatmap", "--results", *files)
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("new", "null", "old")}) == 1
     title = "Point-in-box, %; shapes, entmax15 + 2 registers + specialize; chance 12.5 %, 1,234 images"
-    expected = figures.draw_map(np.array([[0, 20], [10, 30], [20, 40.0]]), [1, 2, 3], [0, 20], title, 0, 40, 800)
+    expected = figures.draw_map(np.array([[0, 20], [10, 30], [20, 40.0]]), [0, 1, 2], [0, 20], title, 0, 40, 800)
     expected.save("expected.png", optimize=True)
     assert (tmp_path / "new.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
