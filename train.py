@@ -496,9 +496,9 @@ def leaves(rank, world, start, done, loss):
 
 @contextlib.contextmanager
 def one_says_why(asked=()):
-    """What ends every process is told by the first of each machine. The others wait to be ended by torchrun, which ends
-    all as soon as one has failed: it must not end the first one before that has said why. Where nobody does, they tell
-    it, too. `asked`: signals that have come already."""
+    """The first process of each machine prints the error. The others wait for torchrun, which ends all as soon as one
+    has failed: none may fail before the first has spoken. If nothing ends them, they print it, too. `asked`: signals
+    that have come already."""
     local, said = os.environ.get("LOCAL_RANK", ""), io.StringIO()
     if not os.environ.get("RANK") or not local.isdecimal() or int(local) == 0:
         yield
